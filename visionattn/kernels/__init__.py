@@ -1,0 +1,21 @@
+"""2-D attention as functions on tensors: torch only, and Triton where a fused kernel runs.
+
+Layout, bias and scale: `local/op.py`. Which implementation a call runs and why: `explain`; `use_backend` or the
+environment variable `VISIONATTN_BACKEND` forces one.
+"""
+
+from .dispatch import BACKENDS, Choice, explain, use_backend
+from .local.op import overlapping_window_attention, window_attention
+from .routed.op import routed_attention
+from .routed.selection import topk_regions
+
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "explain",
+    "overlapping_window_attention",
+    "routed_attention",
+    "topk_regions",
+    "use_backend",
+    "window_attention",
+]

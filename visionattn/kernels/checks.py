@@ -1,0 +1,42 @@
+"""Argument checks that every operator shares: one clear sentence before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+
+
+def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """Check heads-last maps `[B, H, W, heads, d]` of one shape, dtype and device; returns (H, W).
+
+    Raises:
+        ValueError: what does not fit, and what was given.
+    """
+    for letter, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 5:
+            raise ValueError(
+                f"{name}: {letter} must be [B, H, W, heads, head_dim], got shape {tuple(t.shape)}"
+            )
+        if t.shape != q.shape:
+            raise ValueError(f"{name}: {letter} has shape {tuple(t.shape)}, q has {tuple(q.shape)}")
+        if t.device != q.device or t.dtype != q.dtype:
+            raise ValueError(f"{name}: {letter} is {t.dtype} on {t.device}, q is {q.dtype} on {q.device}")
+    if not torch.is_floating_point(q):
+        raise ValueError(f"{name}: q, k and v must be of a floating-point dtype, got {q.dtype}")
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"{name}: head_dim {q.shape[-1]} is above {MAX_HEAD_DIM}")
+    return q.shape[1], q.shape[2]
+
+
+def pair(name: str, value: int | tuple[int, int], minimum: int = 1) -> tuple[int, int]:
+    """`(y, x)` of one number for both axes or a pair.
+
+    Raises:
+        ValueError: not one or two integers of at least `minimum`.
+    """
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    if len(both) != 2 or any(isinstance(n, float) or n < minimum for n in both):
+        raise ValueError(f"{name} must be one or two integers of at least {minimum}, got {value!r}")
+    return both

@@ -1,0 +1,1 @@
+"""Every fixed 2-D pattern: windows, shifted windows, overlapping windows."""

@@ -1,0 +1,127 @@
+"""The public routed attention function: argument checks and the choice of the implementation."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..checks import check_qkv, pair
+from ..dispatch import Operator
+from . import pytorch, reference
+
+ROUTED_ATTENTION = Operator("routed_attention", reference.routed_attention, pytorch.routed_attention)
+
+
+@overload
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    region_size: int | tuple[int, int],
+    *,
+    bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    distinct: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    region_size: int | tuple[int, int],
+    *,
+    bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    distinct: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    region_size: int | tuple[int, int],
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    distinct: bool = False,
+) -> Tensor | tuple[Tensor, Tensor | None]:
+    """Attention of each region of queries to the union of the regions on its list.
+
+    The token level of BiFormer's bi-level routing (https://arxiv.org/abs/2303.08810); the lists come from
+    `topk_regions` or any other selector. All logits of a query are in one softmax.
+
+    Args:
+        q: queries `[B, H, W, heads, d]`.
+        k: keys, same shape.
+        v: values, same shape.
+        indices: `[B, 1 or heads, regions, topk]` integers: the regions that each region attends to, in row-major
+            numbers; -1 is padding. A list of nothing but padding gives zeros and a log-sum-exp of -inf.
+        region_size: side of a region in pixels, or (height, width); a border region may be smaller.
+        bias: added to the scaled logits, with gradient: relative table `[heads, 2 * H - 1, 2 * W - 1]`, entry
+            `[h, H - 1 + dy, W - 1 + dx]` for key minus query = (dy, dx), or dense `[heads, H * W, H * W]`.
+        scale: multiplies q·k; `d ** -0.5` by default.
+        return_lse: also return the natural log of the softmax denominator, differentiable.
+        distinct: promises full lists of distinct, valid regions, as `topk_regions` gives. Otherwise the lists
+            are checked (on a GPU this waits for the device) and padding is looked for.
+
+    Returns:
+        `[B, H, W, heads, d]`, contiguous; with `return_lse` also `[B, H, W, heads]`.
+
+    Raises:
+        ValueError: shapes, devices or dtypes do not fit, an index is out of range, or a list names a region
+            twice, which would count its keys twice.
+    """
+    height, width = check_qkv("routed_attention", q, k, v)
+    region = pair("region_size", region_size)
+    _check_indices(indices, q, -(-height // region[0]) * -(-width // region[1]), distinct)
+    if bias is not None:
+        _check_bias(bias, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = ROUTED_ATTENTION(q, k, v, indices, region, bias, scale, return_lse, distinct)
+    return (out.contiguous(), lse.contiguous()) if return_lse else out.contiguous()
+
+
+def _check_indices(indices: Tensor, q: Tensor, regions: int, distinct: bool) -> None:
+    batch, _, _, heads, _ = q.shape
+    if indices.dim() != 4 or indices.shape[0] != batch or indices.shape[1] not in (1, heads):
+        raise ValueError(
+            f"routed_attention: indices must be [{batch}, 1 or {heads}, regions, topk], got {tuple(indices.shape)}"
+        )
+    if indices.shape[2] != regions:
+        raise ValueError(
+            f"routed_attention: indices list {indices.shape[2]} regions, the map has {regions} of this region_size"
+        )
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"routed_attention: indices must be int32 or int64, got {indices.dtype}")
+    if indices.device != q.device:
+        raise ValueError(f"routed_attention: indices are on {indices.device}, the queries are on {q.device}")
+    if distinct or torch.compiler.is_compiling() or not indices.numel():
+        return
+    if indices.max() >= regions or indices.min() < -1:
+        raise ValueError(f"routed_attention: indices must lie in -1 (padding) .. {regions - 1}")
+    listed = indices.sort(-1).values
+    if ((listed[..., 1:] == listed[..., :-1]) & (listed[..., 1:] >= 0)).any():
+        raise ValueError("routed_attention: a list names a region twice, its keys would count twice")
+
+
+def _check_bias(bias: Tensor, q: Tensor) -> None:
+    _, height, width, heads, _ = q.shape
+    shapes = [(heads, 2 * height - 1, 2 * width - 1), (heads, height * width, height * width)]
+    if tuple(bias.shape) not in shapes:
+        raise ValueError(
+            f"routed_attention: bias has shape {tuple(bias.shape)}; needed is a relative table {shapes[0]} "
+            f"or a dense bias {shapes[1]}"
+        )
+    if bias.device != q.device:
+        raise ValueError(f"routed_attention: bias is on {bias.device}, the queries are on {q.device}")

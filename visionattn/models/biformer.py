@@ -1,0 +1,549 @@
+"""BiFormer: a vision transformer whose tokens attend to a few routed regions.
+
+Paper: "BiFormer: Vision Transformer with Bi-Level Routing Attention", CVPR 2023,
+https://arxiv.org/abs/2303.08810. Official code and weights: https://github.com/rayleizhu/BiFormer (MIT).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint_seq
+from torch import Tensor, nn
+
+from ..kernels import routed_attention, topk_regions
+
+__all__ = ["BiFormer"]
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """Bi-level routing attention: every region attends to the `topk` regions of largest affinity.
+
+    Maps whose sides `n_win` does not divide are filled up on the right and bottom, by the rule of one of the two
+    official operators. `pad="input"`: zero pixels before the projection, so that their keys and values are its
+    bias, and they count in the region means. `pad="projected"` (the NCHW operator): regions of `floor(side /
+    n_win)` pixels, hence possibly more than `n_win` a side, zero keys and values, not counted in the means. In
+    both the filled-up pixels take part in the softmax.
+
+    Args:
+        dim: channels.
+        num_heads: attention heads; all heads of a region share its routing.
+        n_win: regions per side.
+        topk: regions that each region attends to, at most all there are.
+        side_dwconv: kernel size of the local enhancement, a depthwise convolution of the values.
+        pad: the rule for other sizes.
+        auto_pad: False refuses sizes that `n_win` does not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        n_win: int = 7,
+        topk: int = 4,
+        side_dwconv: int = 5,
+        pad: Literal["input", "projected"] = "input",
+        auto_pad: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.n_win = n_win
+        self.topk = topk
+        self.pad = pad
+        self.auto_pad = auto_pad
+        # The full width, not the width of a head: the official code scales both levels so.
+        self.scale = dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.lepe = nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`.
+
+        Raises:
+            ValueError: a side that cannot be cut into `n_win` regions under the padding rule.
+        """
+        height, width = x.shape[1:3]
+        region = self._region_size(height, width)
+        if self.pad == "input":
+            x = _fill_up(x, self.n_win * region[0], self.n_win * region[1])
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        indices = topk_regions(q, k, region, self.topk)
+        local = _depthwise(self.lepe, v.flatten(3))
+        if self.pad == "projected":
+            whole = [n * -(-side // n) for n, side in zip(region, (height, width))]
+            q, k, v = (_fill_up(t.flatten(3), *whole).unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        out = routed_attention(q, k, v, indices, region, scale=self.scale, distinct=True).flatten(3)
+        return self.proj(out[:, :height, :width] + local[:, :height, :width])
+
+    def _region_size(self, height: int, width: int) -> tuple[int, int]:
+        n = self.n_win
+        if not self.auto_pad and (height % n or width % n):
+            raise ValueError(f"auto_pad=False needs maps divisible by n_win={n}, got {height}x{width}")
+        if self.pad == "input":
+            return -(-height // n), -(-width // n)
+        if min(height, width) < n:
+            raise ValueError(f"a map of {height}x{width} cannot be cut into n_win={n} regions per side")
+        return height // n, width // n
+
+
+class FullAttention(nn.Module):
+    """Attention among all pixels, with the local enhancement of the last stage.
+
+    Args:
+        dim: channels.
+        num_heads: attention heads.
+        side_dwconv: kernel size of the depthwise convolution.
+        lepe_of_values: whether that convolution sees the values (the NCHW operator) or the input.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        side_dwconv: int = 5,
+        lepe_of_values: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.lepe_of_values = lepe_of_values
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.lepe = nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        qkv = self.qkv(x)
+        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        local = _depthwise(self.lepe, qkv.chunk(3, -1)[2] if self.lepe_of_values else x)
+        return self.proj(out + local)
+
+
+class Block(nn.Module):
+    """Depthwise position convolution (optional), attention, MLP: three residual branches on `[B, H, W, C]`."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float,
+        drop_path: float,
+        before_attn_dwconv: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        kernel = before_attn_dwconv
+        self.pos_embed = (
+            nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, **dd) if kernel else None
+        )
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            x = x + _depthwise(self.pos_embed, x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Downsampling and blocks; `[B, C, H, W]` in and out, channels last in memory."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class BiFormer(nn.Module):
+    """BiFormer, all official forms.
+
+    Args:
+        in_chans: input channels.
+        num_classes: classes; 0 for no classifier.
+        global_pool: pooling before the classifier, `"avg"`, `"max"`, `"avgmax"` or `""`.
+        depths: blocks per stage.
+        embed_dims: channels per stage.
+        mlp_ratios: hidden width of the MLP per stage, as a multiple of its channels.
+        n_win: regions per side; 7 for classification, 8 for ADE20K crops of 512, 16 for COCO.
+        topks: regions that each region attends to, per stage; -2 is full attention.
+        head_dim: width of a head in routed stages; full attention has 8 heads.
+        side_dwconv: kernel size of the local enhancement of the attention.
+        before_attn_dwconv: kernel size of the position convolution of each block, 0 for none.
+        patch_conv: whether maps are downsampled by disjoint patches (4x4, then 2x2: the STL form) instead of
+            overlapping 3x3 convolutions.
+        operator: the attention operator: `"nhwc"` or `"nchw"`, which differ in padding and in the last stage.
+        auto_pad: False refuses maps that `n_win` does not divide; True fills them up.
+        extra_norms: a LayerNorm per returned stage output, as the official dense backbones have.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (2, 2, 8, 2),
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        mlp_ratios: Sequence[float] = (3, 3, 3, 3),
+        n_win: int = 7,
+        topks: Sequence[int] = (1, 4, 16, -2),
+        head_dim: int = 32,
+        side_dwconv: int = 5,
+        before_attn_dwconv: int = 3,
+        patch_conv: bool = False,
+        operator: Literal["nhwc", "nchw"] = "nhwc",
+        auto_pad: bool = True,
+        extra_norms: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.min_size = _min_size(patch_conv, operator, n_win, topks)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(embed_dims)
+        ]
+
+        rates = iter(_drop_path_rates(drop_path_rate, sum(depths)))
+        routing: dict[str, Any] = {"n_win": n_win, "auto_pad": auto_pad}
+        routing["pad"] = "input" if operator == "nhwc" else "projected"
+        stages = []
+        for i, dim in enumerate(embed_dims):
+            blocks = []
+            for _ in range(depths[i]):
+                if topks[i] == -2:
+                    attn = FullAttention(dim, 8, side_dwconv, lepe_of_values=operator == "nchw", **dd)
+                else:
+                    attn = BiLevelRoutingAttention(
+                        dim, dim // head_dim, topk=topks[i], side_dwconv=side_dwconv, **routing, **dd
+                    )
+                blocks.append(Block(dim, attn, mlp_ratios[i], next(rates), before_attn_dwconv, **dd))
+            down = _downsample(embed_dims[i - 1], dim, patch_conv, dd) if i else nn.Identity()
+            stages.append(Stage(down, blocks))
+        self.stem = _stem(in_chans, embed_dims[0], patch_conv, dd)
+        self.stages = nn.Sequential(*stages)
+        self.extra_norms = (
+            nn.ModuleList(LayerNorm2d(dim, eps=1e-6, **dd) for dim in embed_dims) if extra_norms else None
+        )
+        self.norm = nn.BatchNorm2d(embed_dims[-1], **dd)
+        self.head = ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, **dd)
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers for layer-wise decay."""
+        blocks = r"^stages\.(\d+)"
+        fine = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^(?:norm|extra_norms)", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": blocks if coarse else fine}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing what they hold."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The final linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` (0: none), optionally with another pooling."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs, as timm defines this method.
+
+        Args:
+            x: images `[B, C, H, W]`.
+            indices: which stages: the last n, a list, or all.
+            norm: apply the final norm to the last stage's output.
+            stop_early: do not run stages beyond the last one asked for.
+            output_fmt: `"NCHW"`.
+            intermediates_only: return the stage outputs alone.
+
+        Returns:
+            Stage outputs `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next stage
+            sees the map before it), preceded by the final features unless `intermediates_only`.
+
+        Raises:
+            ValueError: another `output_fmt`, or an input that is too small.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: max_index + 1] if stop_early else self.stages
+        intermediates = []
+        x = self._stem(x)
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            last = i == len(self.stages) - 1
+            if i in take_indices:
+                out = self.norm(x) if norm and last else x
+                intermediates.append(out if self.extra_norms is None else self.extra_norms[i](out))
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the given stage outputs do not need; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        if prune_norm or max_index < len(self.stages) - 1:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: max_index + 1]
+        if self.extra_norms is not None:
+            self.extra_norms = nn.ModuleList(
+                norm if i in take_indices else nn.Identity()
+                for i, norm in enumerate(self.extra_norms[: max_index + 1])
+            )
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to the normalised last map `[B, C, H / 32, W / 32]`.
+
+        Raises:
+            ValueError: an input that is too small; the message says the smallest size.
+        """
+        return self.norm(self.stages(self._stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map to logits `[B, num_classes]`, or with `pre_logits` to pooled features `[B, C]`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
+        return self.forward_head(self.forward_features(x))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if min(x.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"an input of {x.shape[-2]}x{x.shape[-1]} is too small: "
+                f"each side must be at least {self.min_size} pixels"
+            )
+        # Blocks work on channels-last maps; from here on no permutation copies.
+        return self.stem(x.contiguous(memory_format=torch.channels_last))
+
+
+def _min_size(patch_conv: bool, operator: str, n_win: int, topks: Sequence[int]) -> int:
+    """The smallest input side: overlapping convolutions round up, patches round down, and the NCHW operator
+    needs a pixel per region in every routed stage."""
+    total = 4 * 2 ** (len(topks) - 1)
+    routed = max((4 * 2**i for i, topk in enumerate(topks) if topk != -2), default=0)
+    patches = total if patch_conv else 1
+    if operator == "nhwc":
+        return patches
+    return max(patches, n_win * routed if patch_conv else (n_win - 1) * routed + 1)
+
+
+def _drop_path_rates(rate: float, depth: int) -> list[float]:
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def _stem(in_chans: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> nn.Sequential:
+    if patch_conv:
+        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4, **dd), nn.BatchNorm2d(dim, **dd))
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
+        nn.BatchNorm2d(dim // 2, **dd),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
+        nn.BatchNorm2d(dim, **dd),
+    )
+
+
+def _downsample(in_dim: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> nn.Sequential:
+    if patch_conv:
+        return nn.Sequential(nn.BatchNorm2d(in_dim, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd))
+    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd))
+
+
+def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution on `[B, H, W, C]`; the permutations are views of channels-last memory."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _fill_up(x: Tensor, height: int, width: int) -> Tensor:
+    """Zeros on the right and bottom of `[B, H, W, C]`."""
+    bottom, right = height - x.shape[1], width - x.shape[2]
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: BiFormer) -> dict[str, Tensor]:
+    """Rename the official parameters to ours; our own names pass unchanged.
+
+    The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer is 2
+    or 3, and the NCHW operator holds its projections as 1x1 convolutions under names of its own.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    renames = [
+        (r"^downsample_layers\.0\.", "stem."),
+        (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
+        (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
+        (r"\.mlp\.0\.", ".mlp.fc1."),
+        (r"\.mlp\.[23]\.", ".mlp.fc2."),
+        (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    ]
+    linears = re.compile(r"\.(qkv|proj|fc1|fc2)\.weight$")
+    out = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value.flatten(1) if linears.search(name) else value
+    return out
+
+
+def _cfg(url: str = "", top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+        "license": "mit",
+        "paper_ids": "arXiv:2303.08810",
+        "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
+        "origin_url": "https://github.com/rayleizhu/BiFormer",
+        "notes": (f"ImageNet-1k top-1 {top1}",),
+        **kwargs,
+    }
+
+
+def _share(file: str) -> str:
+    return f"https://api.onedrive.com/v1.0/shares/s!AkBbczdRlZvCh{file}/root/content"
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "biformer_tiny.in1k": _cfg(_share("HEOoGkgwgQzEDlM"), 81.4),
+        "biformer_small.in1k": _cfg(_share("HDyM-x9KWRBZ832"), 83.8),
+        "biformer_base.in1k": _cfg(_share("HI_XPhoadjaNxtO"), 84.3),
+        "biformer_stl.in1k": _cfg(_share("Sf-m7ujkvx9lIQ1"), 82.7, min_input_size=(3, 32, 32)),
+        "biformer_stl_nchw.in1k": _cfg(_share("WYrKbWbMgqd2Ai0"), 82.7, min_input_size=(3, 112, 112)),
+    }
+)
+
+
+def _create_biformer(variant: str, pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    # All shared files are called "content": without a folder each, one would be taken for the other.
+    cache_dir = os.path.join(torch.hub.get_dir(), "checkpoints", variant)
+    return build_model_with_cfg(
+        BiFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        cache_dir=kwargs.pop("cache_dir", None) or cache_dir,
+        **kwargs,
+    )
+
+
+_STL: dict[str, Any] = {
+    "depths": (2, 2, 6, 2),
+    "embed_dims": (96, 192, 384, 768),
+    "mlp_ratios": (4, 4, 4, 4),
+    "before_attn_dwconv": 0,
+    "patch_conv": True,
+}
+
+
+@register_model
+def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-T: 13.1 M parameters, 2.2 GMACs at 224."""
+    args = {"depths": (2, 2, 8, 2), "embed_dims": (64, 128, 256, 512)}
+    return _create_biformer("biformer_tiny", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def biformer_small(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-S: 25.5 M parameters, 4.5 GMACs at 224."""
+    args = {"depths": (4, 4, 18, 4), "embed_dims": (64, 128, 256, 512)}
+    return _create_biformer("biformer_small", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def biformer_base(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-B: 56.8 M parameters, 9.8 GMACs at 224."""
+    args = {"depths": (4, 4, 18, 4), "embed_dims": (96, 192, 384, 768)}
+    return _create_biformer("biformer_base", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-STL, the layout of Swin-T: 28.4 M parameters, 4.6 GMACs at 224."""
+    return _create_biformer("biformer_stl", pretrained, **{**_STL, **kwargs})
+
+
+@register_model
+def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-STL with the NCHW operator: 28.4 M parameters, 4.6 GMACs at 224."""
+    return _create_biformer("biformer_stl_nchw", pretrained, **{**_STL, "operator": "nchw", **kwargs})

@@ -1,0 +1,491 @@
+"""HAT: super-resolution by windowed self-attention, channel attention and overlapping cross-attention.
+
+Papers: "Activating More Pixels in Image Super-Resolution Transformer", CVPR 2023,
+https://arxiv.org/abs/2205.04437; "HAT: Hybrid Attention Transformer for Image Restoration",
+https://arxiv.org/abs/2309.05239. Official code and weights: https://github.com/XPixelGroup/HAT (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from ..kernels import overlapping_window_attention, window_attention
+from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
+
+__all__ = ["HAT"]
+
+# Mean colour of the DIV2K training set, subtracted before the network and added after it.
+_DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
+
+
+class ChannelAttentionBlock(nn.Module):
+    """Two convolutions through a narrow middle, then a gate per channel from the mean of the whole map.
+
+    Args:
+        dim: channels.
+        compress_ratio: the middle has `dim // compress_ratio` channels.
+        squeeze_factor: the gate's hidden layer has `dim // squeeze_factor` channels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        compress_ratio: int,
+        squeeze_factor: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(dim, dim // compress_ratio, 3, padding=1, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // compress_ratio, dim, 3, padding=1, **dd)
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(dim, dim // squeeze_factor, 1, **dd),
+            nn.ReLU(),
+            nn.Conv2d(dim // squeeze_factor, dim, 1, **dd),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        x = self.conv2(self.act(self.conv1(x.permute(0, 3, 1, 2))))
+        return (x * self.gate(x)).permute(0, 2, 3, 1)
+
+
+class WindowAttention(nn.Module):
+    """Attention in windows with a relative bias; with `overlap`, over larger windows of keys.
+
+    Args:
+        dim: channels.
+        num_heads: attention heads.
+        window_size: side of a window of queries in pixels.
+        shift: where windows begin.
+        overlap: pixels by which the window of keys reaches beyond that of the queries on every side. Keys beyond
+            the image are zero vectors that take part in the softmax, as in the official code.
+        qkv_bias: whether the projection to queries, keys and values has a bias.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shift: int = 0,
+        overlap: int = 0,
+        qkv_bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.shift = shift
+        self.overlap = overlap
+        side = 2 * (window_size + overlap) - 1
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_heads, side, side, **dd))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        bias = self.relative_position_bias_table
+        if self.overlap:
+            out = overlapping_window_attention(q, k, v, self.window_size, self.overlap, bias=bias)
+        else:
+            out = window_attention(q, k, v, self.window_size, shift=self.shift, bias=bias)
+        return self.proj(out.flatten(3))
+
+
+class Block(nn.Module):
+    """Attention, beside it optionally channel attention, then an MLP; residual branches on `[B, H, W, C]`.
+
+    With channel attention it is HAT's hybrid attention block (HAB), with overlapping windows and without channel
+    attention its overlapping cross-attention block (OCAB).
+
+    Args:
+        dim: channels.
+        attn: the window attention.
+        channel_attn: the channel attention block, which sees the same normalised input, or None.
+        channel_scale: factor of the channel attention branch.
+        mlp_ratio: hidden width of the MLP as a multiple of `dim`.
+        drop_path: stochastic depth of the attention and MLP branches; the channel branch has none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: WindowAttention,
+        channel_attn: ChannelAttentionBlock | None,
+        channel_scale: float,
+        mlp_ratio: float,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.channel_scale = channel_scale
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = attn
+        self.channel_attn = channel_attn
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.drop_path(self.attn(y))
+        if self.channel_attn is not None:
+            x = x + self.channel_scale * self.channel_attn(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Group(nn.Module):
+    """Residual hybrid attention group (RHAG): blocks, an overlapping block, a convolution, one skip."""
+
+    def __init__(
+        self,
+        dim: int,
+        blocks: Sequence[Block],
+        overlap_attn: Block,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.overlap_attn = overlap_attn
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, device=device, dtype=dtype)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        y = x
+        for block in (*self.blocks, self.overlap_attn):
+            y = checkpoint(block, y) if self.grad_checkpointing and self.training else block(y)
+        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class HAT(nn.Module):
+    """HAT for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
+
+    Inputs are reflect-padded on the right and bottom to a multiple of the window, and the output is cropped, as
+    the official evaluation does. Global means in the channel attention make the result depend on the whole
+    image: tiles give other numbers.
+
+    Args:
+        in_chans: image channels; the mean colour is subtracted for 3 only.
+        upscale: 2, 3, 4 or 8.
+        embed_dim: channels of the body.
+        depths: hybrid attention blocks per group.
+        num_heads: attention heads.
+        window_size: side of a window in pixels.
+        compress_ratio: narrowing of the channel attention's convolutions.
+        squeeze_factor: narrowing of its gate.
+        conv_scale: factor of the channel attention branch.
+        overlap_ratio: side of the key window in the overlapping attention is `window_size * (1 + ratio)`.
+        mlp_ratio: hidden width of the MLPs as a multiple of `embed_dim`.
+        qkv_bias: bias of the query, key and value projections.
+        img_range: factor on the image before the network, undone after it.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 (0.1 in official training).
+
+    Attributes:
+        info: what tools need to know to run it.
+
+    Raises:
+        ValueError: an `upscale` without an upsampler, or an overlap that is not even.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        upscale: int = 4,
+        embed_dim: int = 180,
+        depths: Sequence[int] = (6, 6, 6, 6, 6, 6),
+        num_heads: int = 6,
+        window_size: int = 16,
+        compress_ratio: int = 3,
+        squeeze_factor: int = 30,
+        conv_scale: float = 0.01,
+        overlap_ratio: float = 0.5,
+        mlp_ratio: float = 2.0,
+        qkv_bias: bool = True,
+        img_range: float = 1.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        overlap, odd = divmod(int(window_size * overlap_ratio), 2)
+        if odd or not overlap:
+            raise ValueError(
+                f"window_size * overlap_ratio must be an even number of pixels, got {window_size} * {overlap_ratio}"
+            )
+        self.in_chans = in_chans
+        self.num_classes = 0
+        self.num_features = embed_dim
+        self.window_size = window_size
+        self.img_range = img_range
+        self.mean = _DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
+        self.info = RestorationInfo(
+            task="super-resolution",
+            upscale=upscale,
+            channels=in_chans,
+            min_size=window_size // 2 + 1,
+            size_multiple=window_size,
+            exact_tiling=False,
+            half_safe=False,
+        )
+
+        def attention(**kwargs: int) -> WindowAttention:
+            return WindowAttention(embed_dim, num_heads, window_size, qkv_bias=qkv_bias, **kwargs, **dd)
+
+        total = sum(depths)
+        rates = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        layers = []
+        for depth in depths:
+            blocks = []
+            for i in range(depth):
+                attn = attention(shift=window_size // 2 if i % 2 else 0)
+                channel_attn = ChannelAttentionBlock(embed_dim, compress_ratio, squeeze_factor, **dd)
+                blocks.append(Block(embed_dim, attn, channel_attn, conv_scale, mlp_ratio, next(rates), **dd))
+            overlap_attn = Block(embed_dim, attention(overlap=overlap), None, 0.0, mlp_ratio, **dd)
+            layers.append(Group(embed_dim, blocks, overlap_attn, **dd))
+
+        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
+        self.embed_norm = nn.LayerNorm(embed_dim, **dd)
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
+        self.conv_before_upsample = nn.Sequential(
+            nn.Conv2d(embed_dim, 64, 3, padding=1, **dd), nn.LeakyReLU()
+        )
+        self.upsample = _upsampler(64, upscale, dd)
+        self.conv_last = nn.Conv2d(64, in_chans, 3, padding=1, **dd)
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed: the bias tables."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers for layer-wise decay."""
+        blocks = r"^layers\.(\d+)"
+        fine = [
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^layers\.(\d+)\.(?:overlap_attn|conv)", (1000,)),
+            (r"^(?:norm|conv_after_body|conv_before_upsample|upsample|conv_last)", (99999,)),
+        ]
+        return {"stem": r"^(?:conv_first|embed_norm)", "blocks": blocks if coarse else fine}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing what they hold."""
+        for group in self.layers:
+            group.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised images `[B, in_chans, H, W]`, sides multiples of the window, to `[B, embed_dim, H, W]`."""
+        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
+        y = self.norm(self.layers(self.embed_norm(first.permute(0, 2, 3, 1))))
+        return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Low-resolution images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+
+        Raises:
+            ValueError: an image too small to be padded; the message says the smallest size.
+        """
+        height, width = x.shape[-2:]
+        mean = x.new_tensor(self.mean).view(1, -1, 1, 1)
+        x = (pad_to_multiple(x, self.window_size) - mean) * self.img_range
+        x = self.upsample(self.conv_before_upsample(self.forward_features(x)))
+        x = self.conv_last(x) / self.img_range + mean
+        return x[..., : height * self.info.upscale, : width * self.info.upscale]
+
+
+def _upsampler(dim: int, upscale: int, dd: dict[str, Any]) -> nn.Sequential:
+    if upscale not in (2, 3, 4, 8):
+        raise ValueError(f"upscale must be 2, 3, 4 or 8, got {upscale}")
+    steps = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
+    layers: list[nn.Module] = []
+    for step in steps:
+        layers += [nn.Conv2d(dim, step**2 * dim, 3, padding=1, **dd), nn.PixelShuffle(step)]
+    return nn.Sequential(*layers)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, WindowAttention):
+        trunc_normal_(module.relative_position_bias_table, std=0.02)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: HAT) -> dict[str, Tensor]:
+    """Rename the official parameters to ours; our own names pass unchanged.
+
+    Bias tables become `[heads, rows, columns]`, key minus query. The official window tables are query minus key;
+    the official overlapping tables are indexed with an offset that makes some indices negative, so that they
+    wrap round the end of the table.
+    """
+    for wrapper in ("params_ema", "params"):
+        state_dict = state_dict.get(wrapper, state_dict)
+    renames = (
+        ("patch_embed.norm.", "embed_norm."),
+        (".residual_group.", "."),
+        (".conv_block.cab.0.", ".channel_attn.conv1."),
+        (".conv_block.cab.2.", ".channel_attn.conv2."),
+        (".conv_block.cab.3.attention.", ".channel_attn.gate."),
+        (".overlap_attn.qkv.", ".overlap_attn.attn.qkv."),
+        (".overlap_attn.proj.", ".overlap_attn.attn.proj."),
+        (".overlap_attn.relative", ".overlap_attn.attn.relative"),
+    )
+    out = {}
+    for name, value in state_dict.items():
+        if name.startswith("relative_position_index"):
+            continue
+        for official, ours in renames:
+            name = name.replace(official, ours)
+        if name.endswith("relative_position_bias_table") and value.ndim == 2:
+            value = _bias_table(value, model.window_size, overlapping=".overlap_attn." in name)
+        out[name] = value
+    return out
+
+
+def _bias_table(table: Tensor, window: int, overlapping: bool) -> Tensor:
+    """`[rows * columns, heads]` of the official code as `[heads, rows, columns]`, key minus query."""
+    side = round(table.shape[0] ** 0.5)
+    if not overlapping:
+        return table.unflatten(0, (side, side)).permute(2, 0, 1).flip(1, 2)
+    # The official index adds window - key_window + 1 to each offset where window - 1 would make it natural.
+    key_window = side + 1 - window
+    natural = table.roll((key_window - 2) * (side + 1), 0)
+    return natural.unflatten(0, (side, side)).permute(2, 0, 1)
+
+
+def _cfg(url: str = "", psnr: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 0,
+        "input_size": (3, 64, 64),
+        "min_input_size": (3, 9, 9),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "first_conv": "conv_first",
+        "license": "apache-2.0",
+        "paper_ids": ("arXiv:2205.04437", "arXiv:2309.05239"),
+        "paper_name": "Activating More Pixels in Image Super-Resolution Transformer",
+        "origin_url": "https://github.com/XPixelGroup/HAT",
+        "description": "weights: https://drive.google.com/drive/folders/1HpmReFfoUqUbnAOQ7rvOeNU3uf_m69w0",
+        "notes": (psnr,) if psnr else (),
+        **kwargs,
+    }
+
+
+def _psnr(*values: float) -> str:
+    """PSNR on Y in the order of the paper's tables."""
+    sets = ("Set5", "Set14", "BSD100", "Urban100", "Manga109")
+    return "PSNR-Y " + ", ".join(f"{name} {value:.2f}" for name, value in zip(sets, values))
+
+
+_MIRROR = "https://huggingface.co/Acly/hat/resolve/main/"
+
+# Tags name the training: `df2k` from scratch, `imagenet_df2k` pretrained on ImageNet, `real_gan` for photographs.
+# The authors share a folder, which cannot be loaded from; two of its files have a mirror with one address each.
+default_cfgs = generate_default_cfgs(
+    {
+        "hat_s_x2.df2k": _cfg(),
+        "hat_s_x3.df2k": _cfg(),
+        "hat_s_x4.df2k": _cfg(psnr=_psnr(32.92, 29.15, 27.97, 27.87, 32.35)),
+        "hat_x2.df2k": _cfg(psnr=_psnr(38.63, 34.86, 32.62, 34.45, 40.26)),
+        "hat_x2.imagenet_df2k": _cfg(psnr=_psnr(38.73, 35.13, 32.69, 34.81, 40.71)),
+        "hat_x3.df2k": _cfg(psnr=_psnr(35.07, 31.08, 29.54, 30.23, 35.53)),
+        "hat_x3.imagenet_df2k": _cfg(psnr=_psnr(35.16, 31.33, 29.59, 30.70, 35.84)),
+        "hat_x4.imagenet_df2k": _cfg(
+            _MIRROR + "HAT_SRx4_ImageNet-pretrain.pth", _psnr(33.18, 29.38, 28.05, 28.37, 32.87)
+        ),
+        "hat_x4.df2k": _cfg(psnr=_psnr(33.04, 29.23, 28.00, 27.97, 32.48)),
+        "hat_x4.real_gan": _cfg(),
+        "hat_x4.real_gan_sharper": _cfg(_MIRROR + "Real_HAT_GAN_sharper.pth"),
+        "hat_l_x2.imagenet_df2k": _cfg(),
+        "hat_l_x3.imagenet_df2k": _cfg(),
+        "hat_l_x4.imagenet_df2k": _cfg(psnr=_psnr(33.30, 29.47, 28.09, 28.60, 33.09)),
+    }
+)
+
+
+def _create_hat(variant: str, pretrained: bool = False, **kwargs: Any) -> HAT:
+    return build_restoration(HAT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+_HAT_S: dict[str, Any] = {"embed_dim": 144, "compress_ratio": 24, "squeeze_factor": 24}
+_HAT_L: dict[str, Any] = {"depths": (6,) * 12}
+
+
+@register_model
+def hat_s_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-S x2: 9.5 M parameters."""
+    return _create_hat("hat_s_x2", pretrained, **{**_HAT_S, "upscale": 2, **kwargs})
+
+
+@register_model
+def hat_s_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-S x3: 9.7 M parameters."""
+    return _create_hat("hat_s_x3", pretrained, **{**_HAT_S, "upscale": 3, **kwargs})
+
+
+@register_model
+def hat_s_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-S x4: 9.6 M parameters, 54.6 GMACs for a 64x64 input."""
+    return _create_hat("hat_s_x4", pretrained, **{**_HAT_S, "upscale": 4, **kwargs})
+
+
+@register_model
+def hat_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT x2: 20.6 M parameters."""
+    return _create_hat("hat_x2", pretrained, **{"upscale": 2, **kwargs})
+
+
+@register_model
+def hat_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT x3: 20.8 M parameters."""
+    return _create_hat("hat_x3", pretrained, **{"upscale": 3, **kwargs})
+
+
+@register_model
+def hat_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT x4: 20.8 M parameters, 103.9 GMACs for a 64x64 input."""
+    return _create_hat("hat_x4", pretrained, **{"upscale": 4, **kwargs})
+
+
+@register_model
+def hat_l_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-L x2: 40.7 M parameters."""
+    return _create_hat("hat_l_x2", pretrained, **{**_HAT_L, "upscale": 2, **kwargs})
+
+
+@register_model
+def hat_l_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-L x3: 40.9 M parameters."""
+    return _create_hat("hat_l_x3", pretrained, **{**_HAT_L, "upscale": 3, **kwargs})
+
+
+@register_model
+def hat_l_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-L x4: 40.8 M parameters, 203.0 GMACs for a 64x64 input."""
+    return _create_hat("hat_l_x4", pretrained, **{**_HAT_L, "upscale": 4, **kwargs})
