@@ -25,8 +25,8 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
         topk: regions per list, at most the number of regions.
 
     Returns:
-        `[B, 1, regions, min(topk, regions)]` int32, best first, ties by the lowest index; regions in row-major
-        order.
+        `[B, 1, regions, min(topk, regions)]` int32, best first, ties by the lowest index; regions in
+        row-major order.
 
     Raises:
         ValueError: shapes differ, or region_size or topk is not positive.
