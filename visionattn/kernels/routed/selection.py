@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +41,9 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
     if topk < 1:
         raise ValueError(f"topk_regions: topk must be at least 1, got {topk}")
     region = pair("region_size", region_size)
-    with torch.autocast(q.device.type, enabled=False):
+    # Autocast has no state for some devices, "meta" among them.
+    known = torch.amp.is_autocast_available(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if known else nullcontext():
         query, key = region_means(q, region), region_means(k, region)
         affinity = query @ key.transpose(1, 2)
     # torch.topk leaves the order of ties open; a stable sort does not.
