@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 EXAMPLE = """examples:
   python tools/evaluate.py runs/biformer_digits
+  python tools/evaluate.py runs/biformer_digits --require 'top1>=97'
   python tools/evaluate.py runs/biformer_digits --checkpoint runs/biformer_digits/checkpoints/last.safetensors
   python tools/evaluate.py configs/classification/biformer_tiny_imagenet.yaml --checkpoint FILE data.root=DIR
 """
@@ -19,11 +20,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("source", metavar="CONFIG|RUN_FOLDER", help="a YAML file, or the folder of a run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="options in place of its own")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights; default: the best of the run folder")
+    parser.add_argument(
+        "--require",
+        metavar="METRIC>=VALUE",
+        action="append",
+        default=[],
+        help="end with status 1 unless the metric reaches the value; may be given several times",
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: argparse.Namespace) -> None:
     from visionattn import tasks
+    from visionattn.engine.cli import check_requirements
     from visionattn.engine.distributed import process_index
     from visionattn.engine.loop import evaluate
 
@@ -31,6 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
     metrics = evaluate(tasks.create_task(config))
     if process_index() == 0:
         print("\n".join(f"{name}: {value:.6g}" for name, value in metrics.items()))
+    check_requirements(metrics, arguments.require)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 
 import torch
 
-from .errors import InputError, RunError
+from .errors import InputError, RunError, nearest
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -36,6 +37,30 @@ def run_command(command: Callable[[], int | None]) -> None:
         _say(f"stopped: {error}")
         status = 1
     sys.exit(status)
+
+
+def check_requirements(metrics: Mapping[str, float], requirements: Sequence[str]) -> None:
+    """Hold metrics against bounds such as `"top1>=97"` or `"loss<=0.5"`.
+
+    Raises:
+        InputError: a bound cannot be read, or names no metric.
+        RunError: the metrics that do not meet their bounds, and by how much.
+    """
+    failed = []
+    for requirement in requirements:
+        parts = re.fullmatch(r"(\w+)\s*(>=|<=)\s*([-+.\deE]+)", requirement.strip())
+        if parts is None:
+            raise InputError(
+                f"a requirement reads METRIC>=VALUE or METRIC<=VALUE, but {requirement!r} was given"
+            )
+        name, relation, bound = parts[1], parts[2], float(parts[3])
+        if name not in metrics:
+            raise InputError(f"there is no metric {name!r} to require: {nearest(name, metrics)}")
+        sign = 1 if relation == ">=" else -1
+        if not sign * metrics[name] >= sign * bound:
+            failed.append(f"{name} is {metrics[name]:.6g}, required is {relation} {bound:g}")
+    if failed:
+        raise RunError("; ".join(failed))
 
 
 def _say(sentence: str) -> None:
