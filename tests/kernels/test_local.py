@@ -313,14 +313,22 @@ def local_inputs(batch: int, height: int, width: int) -> list[Tensor]:
     return [*packed_qkv(batch, height, width, 2, 3), *make_bias("table", 2, 4)]
 
 
-def test_compile_with_dynamic_shapes():
+@pytest.mark.slow  # half a minute each: sizes as symbols make for long expressions
+@pytest.mark.parametrize("border", [None, *BORDERS])
+def test_compile_with_dynamic_shapes(border: Any):
     torch.compiler.reset()
-    net = Local()
-    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    (table,) = make_bias("table", 2, 4)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if border is None:
+            return window_attention(q, k, v, 4, shift=2, bias=table)
+        return overlapping_window_attention(q, k, v, 4, 1, border=border)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.inference_mode():
         for shape in ((2, 9, 10), (3, 14, 13)):
-            inputs = local_inputs(*shape)
-            torch.testing.assert_close(compiled(*inputs), net(*inputs))
+            inputs = packed_qkv(*shape, 2, 3)
+            torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

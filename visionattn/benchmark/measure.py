@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -15,6 +16,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
+
+# The profiler otherwise reports on stderr when it starts and stops.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -72,7 +73,7 @@ def compare_models(
     formulations = [formulation_of(name) for name in names]
     for name, formulation in zip(names, formulations):
         torch.manual_seed(0)
-        net = timm.create_model(name, device=device).train(train)
+        net: Any = timm.create_model(name, device=device).train(train)
         for height, width in [size] if size else formulation.sizes:
             image = torch.rand(batch, net.in_chans, height, width, device=device)
             with as_input_error(f"cannot run {name} at {height}x{width}", ValueError):

@@ -81,7 +81,7 @@ def list_models(filter: str = "", sort: str = "name") -> list[ModelFacts]:
 
 def model_facts(name: str) -> ModelFacts:
     """The facts of one network; it is built without memory for its weights."""
-    net = timm.create_model(name, device="meta").eval()
+    net: Any = timm.create_model(name, device="meta").eval()
     cfg: dict[str, Any] = net.pretrained_cfg
     return ModelFacts(
         name=name,
