@@ -13,6 +13,9 @@ RestorationTask = Literal[
     "super-resolution", "denoising", "jpeg", "dehazing", "deblurring", "hyperspectral-denoising"
 ]
 
+# Mean colour of the DIV2K training set, which super-resolution networks subtract and add back.
+DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
+
 
 @dataclass(frozen=True)
 class RestorationInfo:
