@@ -2,6 +2,7 @@
 
 from ._restoration import RestorationInfo
 from .biformer import BiFormer
+from .cfsr import CFSR
 from .hat import HAT
 
-__all__ = ["HAT", "BiFormer", "RestorationInfo"]
+__all__ = ["CFSR", "HAT", "BiFormer", "RestorationInfo"]
