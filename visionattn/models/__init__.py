@@ -4,5 +4,6 @@ from ._restoration import RestorationInfo
 from .biformer import BiFormer
 from .cfsr import CFSR
 from .hat import HAT
+from .hsdt import HSDT
 
-__all__ = ["CFSR", "HAT", "BiFormer", "RestorationInfo"]
+__all__ = ["CFSR", "HAT", "HSDT", "BiFormer", "RestorationInfo"]
