@@ -5,5 +5,6 @@ from .biformer import BiFormer
 from .cfsr import CFSR
 from .hat import HAT
 from .hsdt import HSDT
+from .sha_dehaze import PMNet
 
-__all__ = ["CFSR", "HAT", "HSDT", "BiFormer", "RestorationInfo"]
+__all__ = ["CFSR", "HAT", "HSDT", "BiFormer", "PMNet", "RestorationInfo"]
