@@ -40,6 +40,7 @@ def fixture(name: str, **kwargs) -> tuple[HSDT, Tensor, Tensor]:
         ("hsdt_24", 1_160_766),
         ("hsdt_32", 2_053_174),
         ("hsdt_pnp", 521_350),
+        ("hsdt_ssr", 521_251),
     ],
 )
 def test_parameters_of_the_official_variants(variant: str, parameters: int):
@@ -130,7 +131,29 @@ def test_noise_map():
     maps = torch.stack((x, levels.expand_as(x)), 1)
     torch.testing.assert_close(net(x, levels), net(maps)[:, 0])
     torch.testing.assert_close(net(x, 0.1)[0], net(maps)[0, 0])
+    torch.testing.assert_close(net(x), net(x, 0.0))
     assert not torch.allclose(net(x), net(x, 0.5))
+
+
+def test_noise_level_that_has_no_use():
+    x = torch.rand(1, 2, 7, 8, 8)
+    with pytest.raises(ValueError, match="takes no noise map"):
+        network()(x[:, 0], 0.1)
+    with pytest.raises(ValueError, match="bring a noise map"):
+        network(noise_map=True)(x, 0.1)
+
+
+@pytest.mark.parametrize("size", [(8, 16), (5, 9)])
+def test_spectral_super_resolution_pads_divisible_sides_too(size: tuple[int, int]):
+    net = timm.create_model("hsdt_ssr", bands=7, embed_dim=4, depth=3, downsample=(1,)).eval()
+    assert (net.info.channels, net.info.out_channels) == (3, 7)
+    x = torch.rand(1, 3, *size)
+    bands = F.leaky_relu(F.conv2d(x, net.proj.weight))
+    padded = F.pad(bands, (0, 8 - size[1] % 8, 0, 8 - size[0] % 8))
+    out = net(x)
+    assert out.shape == (1, 7, *size)
+    torch.testing.assert_close(out, HSDT.forward(net, padded)[..., : size[0], : size[1]])
+    assert net.train()(x).shape == (1, 7, *size)
 
 
 @pytest.mark.parametrize("shape", [(7, 8, 8), (1, 2, 7, 8, 8), (1, 1, 1, 7, 8, 8)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
 
-__all__ = ["HSDT"]
+__all__ = ["HSDT", "HSDTSSR"]
 
 Query = Literal["learned", "self"]
 
@@ -201,7 +202,7 @@ class HSDT(nn.Module):
         if not set(downsample) <= set(range(depth)):
             raise ValueError(f"downsample must name blocks from 0 to {depth - 1}, got {tuple(downsample)}")
         multiple = 2 ** len(downsample)
-        self.in_chans = in_chans
+        self.in_chans = self.num_bands = in_chans
         self.num_classes = 0
         self.num_features = embed_dim
         self.query = query
@@ -242,7 +243,7 @@ class HSDT(nn.Module):
         depth = len(self.encoder)
         blocks: list[tuple[str, tuple[int, ...] | None]] = [(r"^encoder\.(\d+)", None)]
         blocks += [(rf"^decoder\.{i}\.", (depth + i,)) for i in range(depth)]
-        return {"stem": r"^head", "blocks": [*blocks, (r"^tail", (99999,))]}
+        return {"stem": r"^(?:proj|head)", "blocks": [*blocks, (r"^tail", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of storing what they hold."""
@@ -258,21 +259,21 @@ class HSDT(nn.Module):
             y = self._run(block, y) + skips.pop()
         return y
 
-    def forward(self, x: Tensor, noise_level: Tensor | float = 0.0) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor | float | None = None) -> Tensor:
         """Noisy images to clean ones, unclipped.
 
         Args:
             x: images `[B, bands, H, W]` or `[B, 1, bands, H, W]`; where the network takes a noise map, also
                 `[B, 2, bands, H, W]`, the second being that map.
             noise_level: standard deviation of the noise, for a network that takes a noise map and an image
-                without one; anything that broadcasts to `[B, bands, H, W]`.
+                without one: anything that broadcasts to `[B, bands, H, W]`; none given is 0.
 
         Returns:
             `[B, bands, H, W]` or `[B, 1, bands, H, W]`, as the images came.
 
         Raises:
-            ValueError: a shape or a number of bands that the network cannot take, or an image too small to be
-                padded; the message says the smallest size.
+            ValueError: a shape, a number of bands or a noise level that the network cannot take, or an image
+                too small to be padded; the message says the smallest size.
         """
         maps = self._input_maps(x, noise_level)
         height, width = maps.shape[-2:]
@@ -286,7 +287,7 @@ class HSDT(nn.Module):
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
 
-    def _input_maps(self, x: Tensor, noise_level: Tensor | float) -> Tensor:
+    def _input_maps(self, x: Tensor, noise_level: Tensor | float | None) -> Tensor:
         """`[B, 1 or 2, D, H, W]`: the image, and the noise map if the network takes one."""
         maps = x if x.dim() == 5 else x[:, None]
         if maps.dim() != 5 or maps.shape[1] not in (1, 1 + self.noise_map):
@@ -294,15 +295,50 @@ class HSDT(nn.Module):
                 f"images must be [B, bands, H, W] or [B, {1 + self.noise_map}, bands, H, W], "
                 f"got {tuple(x.shape)}"
             )
-        if self.query == "learned" and maps.shape[2] != self.in_chans:
+        if self.query == "learned" and maps.shape[2] != self.num_bands:
             raise ValueError(
-                f"{self.in_chans} learned queries cannot take {maps.shape[2]} bands: create the network with "
-                f"query='self', or with in_chans={maps.shape[2]} to train it anew"
+                f"{self.num_bands} learned queries cannot take {maps.shape[2]} bands: create the network "
+                f"with query='self', or with in_chans={maps.shape[2]} to train it anew"
             )
-        if self.noise_map and maps.shape[1] == 1:
-            level = torch.as_tensor(noise_level, device=x.device, dtype=x.dtype)
+        wanted = self.noise_map and maps.shape[1] == 1
+        if noise_level is not None and not wanted:
+            where = "the images bring a noise map" if self.noise_map else "this network takes no noise map"
+            raise ValueError(f"noise_level was given, but {where}")
+        if wanted:
+            level = 0.0 if noise_level is None else noise_level
+            level = torch.as_tensor(level, device=x.device, dtype=x.dtype)
             maps = torch.cat((maps, level.expand_as(maps[:, 0])[:, None]), 1)
         return maps
+
+
+class HSDTSSR(HSDT):
+    """HSDT for spectral super-resolution; RGB images `[B, in_chans, H, W]` in [0, 1] to `[B, bands, H, W]`.
+
+    One linear layer per pixel guesses the bands, which HSDT corrects. In evaluation, zeros are appended on
+    the right and bottom up to the next multiple of 8, to a divisible side too, as in the official code.
+
+    Args:
+        in_chans: image channels.
+        bands: bands of the output.
+        **kwargs: of `HSDT`.
+    """
+
+    def __init__(self, in_chans: int = 3, bands: int = 31, **kwargs: Any):
+        super().__init__(bands, **kwargs)
+        dd: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
+        self.in_chans = in_chans
+        self.proj = nn.Conv2d(in_chans, bands, 1, bias=False, **dd)
+        self.info = replace(
+            self.info, task="spectral-super-resolution", channels=in_chans, out_channels=bands
+        )
+        _init_weights(self.proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """RGB images `[B, in_chans, H, W]` to `[B, bands, H, W]`, unclipped."""
+        height, width = x.shape[-2:]
+        if not self.training:
+            x = F.pad(x, (0, 8 - width % 8, 0, 8 - height % 8))
+        return super().forward(F.leaky_relu(self.proj(x)))[..., :height, :width]
 
 
 def _on_maps(function: Any, x: Tensor) -> Tensor:
@@ -318,7 +354,7 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: HSDT) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename the official parameters to ours; our own names pass unchanged."""
     state_dict = state_dict.get("net", state_dict)
     renames = [
@@ -397,12 +433,21 @@ default_cfgs = generate_default_cfgs(
         "hsdt_24": _cfg(),
         "hsdt_32": _cfg(),
         "hsdt_pnp": _cfg(),
+        "hsdt_ssr": _cfg(
+            input_size=(3, 64, 64),
+            min_input_size=(3, 3, 3),
+            mean=(0.0,) * 3,
+            std=(1.0,) * 3,
+            first_conv="proj",
+        ),
     }
 )
 
 
-def _create_hsdt(variant: str, pretrained: bool = False, **kwargs: Any) -> HSDT:
-    return build_restoration(HSDT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+def _create_hsdt(variant: str, pretrained: bool = False, model_cls: type = HSDT, **kwargs: Any) -> Any:
+    return build_restoration(
+        model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    )
 
 
 @register_model
@@ -446,3 +491,9 @@ def hsdt_32(pretrained: bool = False, **kwargs: Any) -> HSDT:
 def hsdt_pnp(pretrained: bool = False, **kwargs: Any) -> HSDT:
     """HSDT-M that is told the level of the noise, for plug-and-play restoration: 0.52 M parameters."""
     return _create_hsdt("hsdt_pnp", pretrained, **{"noise_map": True, **kwargs})
+
+
+@register_model
+def hsdt_ssr(pretrained: bool = False, **kwargs: Any) -> HSDTSSR:
+    """HSDT-M behind a linear layer, for spectral super-resolution of RGB images: 0.52 M parameters."""
+    return _create_hsdt("hsdt_ssr", pretrained, HSDTSSR, **kwargs)
