@@ -294,7 +294,13 @@ class CFSR(nn.Module):
         return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped."""
+        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+
+        Raises:
+            ValueError: an image without pixels.
+        """
+        if 0 in x.shape[-2:]:
+            raise ValueError(f"an input of {x.shape[-2]}x{x.shape[-1]}: each side must be at least 1 pixels")
         x = (x - self.mean) * self.img_range
         y = F.pixel_shuffle(self.conv_last(self.forward_features(x)), self.info.upscale)
         y = y if self.info.upscale > 1 else x + y

@@ -81,25 +81,28 @@ class GuidedSpectralAttention(nn.Module):
     """Attention among bands (GSSA): one mixing matrix of bands for all pixels, from the mean of every band.
 
     The means are compared with a bank of learned queries, one per band, or with each other. In training each
-    call takes one of the two at even odds, as long as there is a query for every band.
+    call draws one of the two, as long as there is a query for every band.
 
     Args:
         dim: channels.
         num_bands: learned queries.
         query: what the means are compared with in evaluation.
+        self_query_rate: how often a call in training compares them with each other.
     """
 
     def __init__(
         self,
         dim: int,
         num_bands: int,
-        query: Query,
+        query: Query = "learned",
+        self_query_rate: float = 0.5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query = query
+        self.self_query_rate = self_query_rate
         self.queries = nn.Linear(dim, num_bands, **dd)
         self.v = nn.Linear(dim, dim, bias=False, **dd)
         self.proj = nn.Linear(dim, dim, bias=False, **dd)
@@ -116,7 +119,7 @@ class GuidedSpectralAttention(nn.Module):
         if self.training and learnable:
             # Both are computed, so that every parameter takes part in every step, and the draw is PyTorch's,
             # so that recomputation in the backward pass repeats it.
-            itself = torch.rand((), device=means.device) > 0.5
+            itself = torch.rand((), device=means.device) < self.self_query_rate
             return torch.where(itself, means @ means.mT, self.queries(means))
         return self.queries(means) if self.query == "learned" else means @ means.mT
 
@@ -144,8 +147,7 @@ class Block(nn.Module):
         self,
         conv: nn.Module,
         dim: int,
-        num_bands: int,
-        query: Query,
+        attn: GuidedSpectralAttention,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -153,7 +155,7 @@ class Block(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = conv
         self.bn = nn.BatchNorm3d(dim, **dd)
-        self.attn = GuidedSpectralAttention(dim, num_bands, query, **dd)
+        self.attn = attn
         self.mlp = SelfModulatedMlp(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,6 +178,8 @@ class HSDT(nn.Module):
         depth: blocks of the encoder, and of the decoder.
         downsample: which blocks of the encoder halve the sides.
         noise_map: whether the network takes a map of the noise level beside the image.
+        self_query_rate: how often, in training, a block compares bands with each other instead of with the
+            learned queries; 0.5 in official training.
 
     Attributes:
         info: what tools need to know to run it.
@@ -192,6 +196,7 @@ class HSDT(nn.Module):
         depth: int = 5,
         downsample: Sequence[int] = (1, 3),
         noise_map: bool = False,
+        self_query_rate: float = 0.5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -216,7 +221,8 @@ class HSDT(nn.Module):
         )
 
         def block(conv: type[nn.Module], dims: Sequence[int], dim: int) -> Block:
-            return Block(conv(*dims, **dd), dim, in_chans, query, **dd)
+            attn = GuidedSpectralAttention(dim, in_chans, query, self_query_rate, **dd)
+            return Block(conv(*dims, **dd), dim, attn, **dd)
 
         encoder, decoder, dim = [], [], embed_dim
         for i in range(depth):
@@ -391,6 +397,7 @@ def _cfg(notes: Sequence[str] = (), **kwargs: Any) -> dict[str, Any]:
         "min_input_size": (31, 3, 3),
         "mean": (0.0,) * 31,
         "std": (1.0,) * 31,
+        "first_conv": "head.conv.spatial1",
         "license": "mit",
         "paper_ids": "arXiv:2303.09040",
         "paper_name": "Hybrid Spectral Denoising Transformer with Guided Attention",
