@@ -21,7 +21,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 # Under which keys training code stores weights; averaged weights are what the authors evaluate.
-_WRAPPERS = ("params_ema", "model_ema", "state_dict_ema", "ema", "params", "model", "state_dict")
+_WRAPPERS = ("params_ema", "model_ema", "state_dict_ema", "ema", "params", "model", "net", "state_dict")
 
 
 @dataclass(frozen=True)

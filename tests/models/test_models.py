@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import CLASSIFICATION, FAMILIES, PARAMETERS, RESTORATION, SMALL, family, small
+from families import (
+    CLASSIFICATION,
+    DROP_PATH,
+    FAMILIES,
+    PARAMETERS,
+    RESTORATION,
+    SAME_IN_TRAINING,
+    SMALL,
+    family,
+    small,
+)
 from safetensors.torch import load, save
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -41,7 +51,8 @@ def image(net: nn.Module, batch: int = 2, size: tuple[int, int] | None = None, *
 
 def expected_shape(net: nn.Module, x: Tensor) -> tuple[int, ...]:
     if hasattr(net, "info"):
-        return (*x.shape[:2], *(side * net.info.upscale for side in x.shape[2:]))
+        channels = net.info.out_channels or x.shape[1]
+        return (x.shape[0], channels, *(side * net.info.upscale for side in x.shape[2:]))
     return x.shape[0], net.num_classes
 
 
@@ -173,21 +184,21 @@ def test_implementations_agree(name: str):
     torch.testing.assert_close(net(x), expected)
 
 
-@every_model
+@pytest.mark.parametrize("name", SAME_IN_TRAINING)
 def test_training_without_drop_path_differs_from_evaluation_only_by_batch_statistics(name: str):
     net = small(name)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the average over all batches: after one, its statistics
+    norms = [module for module in net.modules() if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d))]
+    for module in norms:
+        module.momentum = None  # the average over all batches: after one, its statistics
     x = image(net, 4)
     net.train()(x)
     trained, evaluated = net.train()(x), net.eval()(x)
-    tolerance = 0.1 if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) else 1e-6
+    tolerance = 0.1 if norms else 1e-6
     assert (trained - evaluated).norm() <= tolerance * evaluated.norm()
     torch.testing.assert_close(net(x), evaluated)
 
 
-@every_model
+@pytest.mark.parametrize("name", DROP_PATH)
 def test_drop_path_acts_in_training_only(name: str):
     net, plain = small(name, drop_path_rate=0.9), small(name)
     plain.load_state_dict(net.state_dict())

@@ -33,7 +33,7 @@ def test_facts_of_a_restoration_network():
 
 def test_filters():
     assert zoo.model_names("biformer_stl*") == ["biformer_stl", "biformer_stl_nchw"]
-    assert zoo.model_names("hat_s") == ["hat_s_x2", "hat_s_x3", "hat_s_x4"]
+    assert zoo.model_names("hat_s") == ["hat_s_x1", "hat_s_x2", "hat_s_x3", "hat_s_x4"]
     assert set(zoo.model_names()) > {"biformer_tiny", "hat_x4"}
     assert not any(name.startswith("resnet") for name in zoo.model_names())
 

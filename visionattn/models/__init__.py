@@ -2,6 +2,9 @@
 
 from ._restoration import RestorationInfo
 from .biformer import BiFormer
+from .cfsr import CFSR
 from .hat import HAT
+from .hsdt import HSDT
+from .sha_dehaze import PMNet
 
-__all__ = ["HAT", "BiFormer", "RestorationInfo"]
+__all__ = ["CFSR", "HAT", "HSDT", "BiFormer", "PMNet", "RestorationInfo"]

@@ -10,8 +10,17 @@ from timm.models import build_model_with_cfg
 from torch import Tensor
 
 RestorationTask = Literal[
-    "super-resolution", "denoising", "jpeg", "dehazing", "deblurring", "hyperspectral-denoising"
+    "super-resolution",
+    "denoising",
+    "jpeg",
+    "dehazing",
+    "deblurring",
+    "hyperspectral-denoising",
+    "spectral-super-resolution",
 ]
+
+# Mean colour of the DIV2K training set, which super-resolution networks subtract and add back.
+DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 
 
 @dataclass(frozen=True)
@@ -21,12 +30,13 @@ class RestorationInfo:
     Attributes:
         task: what the network was made for.
         upscale: output side / input side.
-        channels: image channels in and out.
+        channels: image channels in, and out unless `out_channels` says otherwise.
         min_size: smallest input side in pixels.
         size_multiple: the input is padded inside the network to a multiple of this many pixels.
         exact_tiling: whether overlapping tiles can give the whole-image result (no global operation).
         half_safe: whether float16 is safe; published float16 failures make this False.
         bfloat16_safe: whether bfloat16 autocast is safe.
+        out_channels: image channels out where they differ, else None.
     """
 
     task: RestorationTask
@@ -37,6 +47,7 @@ class RestorationInfo:
     exact_tiling: bool = True
     half_safe: bool = False
     bfloat16_safe: bool = True
+    out_channels: int | None = None
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""HAT: super-resolution by windowed self-attention, channel attention and overlapping cross-attention.
+"""HAT: restoration by windowed self-attention, channel attention and overlapping cross-attention.
 
 Papers: "Activating More Pixels in Image Super-Resolution Transformer", CVPR 2023,
 https://arxiv.org/abs/2205.04437; "HAT: Hybrid Attention Transformer for Image Restoration",
@@ -17,12 +17,9 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..kernels import overlapping_window_attention, window_attention
-from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
+from ._restoration import DIV2K_MEAN, RestorationInfo, RestorationTask, build_restoration, pad_to_multiple
 
 __all__ = ["HAT"]
-
-# Mean colour of the DIV2K training set, subtracted before the network and added after it.
-_DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 
 
 class ChannelAttentionBlock(nn.Module):
@@ -177,7 +174,11 @@ class Group(nn.Module):
 
 
 class HAT(nn.Module):
-    """HAT for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
+    """HAT; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
+
+    With `upscale=1` it restores at the same size: a last convolution straight from the body predicts a
+    correction that is added to the input. The authors released nothing for denoising and JPEG artefacts; this
+    head, as SwinIR's, is this library's design.
 
     Inputs are reflect-padded on the right and bottom to a multiple of the window, and the output is cropped,
     as the official evaluation does. Global means in the channel attention make the result depend on the
@@ -185,7 +186,7 @@ class HAT(nn.Module):
 
     Args:
         in_chans: image channels; the mean colour is subtracted for 3 only.
-        upscale: 2, 3, 4 or 8.
+        upscale: 1, 2, 3, 4 or 8.
         embed_dim: channels of the body.
         depths: hybrid attention blocks per group.
         num_heads: attention heads.
@@ -197,6 +198,7 @@ class HAT(nn.Module):
         mlp_ratio: hidden width of the MLPs as a multiple of `embed_dim`.
         qkv_bias: bias of the query, key and value projections.
         img_range: factor on the image before the network, undone after it.
+        task: what `info` states; by default super-resolution, or denoising at the same size.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 (0.1 in official
             training).
 
@@ -204,7 +206,7 @@ class HAT(nn.Module):
         info: what tools need to know to run it.
 
     Raises:
-        ValueError: an `upscale` without an upsampler, or an overlap that is not even.
+        ValueError: another `upscale`, or an overlap that is not even.
     """
 
     def __init__(
@@ -222,12 +224,15 @@ class HAT(nn.Module):
         mlp_ratio: float = 2.0,
         qkv_bias: bool = True,
         img_range: float = 1.0,
+        task: RestorationTask | None = None,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if upscale not in (1, 2, 3, 4, 8):
+            raise ValueError(f"upscale must be 1, 2, 3, 4 or 8, got {upscale}")
         overlap, odd = divmod(int(window_size * overlap_ratio), 2)
         if odd or not overlap:
             raise ValueError(
@@ -239,9 +244,9 @@ class HAT(nn.Module):
         self.num_features = embed_dim
         self.window_size = window_size
         self.img_range = img_range
-        self.mean = _DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
+        self.mean = DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
         self.info = RestorationInfo(
-            task="super-resolution",
+            task=task or ("super-resolution" if upscale > 1 else "denoising"),
             upscale=upscale,
             channels=in_chans,
             min_size=window_size // 2 + 1,
@@ -270,11 +275,12 @@ class HAT(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.norm = nn.LayerNorm(embed_dim, **dd)
         self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
-        self.conv_before_upsample = nn.Sequential(
-            nn.Conv2d(embed_dim, 64, 3, padding=1, **dd), nn.LeakyReLU()
-        )
-        self.upsample = _upsampler(64, upscale, dd)
-        self.conv_last = nn.Conv2d(64, in_chans, 3, padding=1, **dd)
+        if upscale > 1:
+            self.conv_before_upsample = nn.Sequential(
+                nn.Conv2d(embed_dim, 64, 3, padding=1, **dd), nn.LeakyReLU()
+            )
+            self.upsample = _upsampler(64, upscale, dd)
+        self.conv_last = nn.Conv2d(64 if upscale > 1 else embed_dim, in_chans, 3, padding=1, **dd)
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
@@ -312,14 +318,16 @@ class HAT(nn.Module):
         height, width = x.shape[-2:]
         mean = x.new_tensor(self.mean).view(1, -1, 1, 1)
         x = (pad_to_multiple(x, self.window_size) - mean) * self.img_range
-        x = self.upsample(self.conv_before_upsample(self.forward_features(x)))
-        x = self.conv_last(x) / self.img_range + mean
+        y = self.forward_features(x)
+        if self.info.upscale > 1:
+            x = self.conv_last(self.upsample(self.conv_before_upsample(y)))
+        else:
+            x = x + self.conv_last(y)
+        x = x / self.img_range + mean
         return x[..., : height * self.info.upscale, : width * self.info.upscale]
 
 
 def _upsampler(dim: int, upscale: int, dd: dict[str, Any]) -> nn.Sequential:
-    if upscale not in (2, 3, 4, 8):
-        raise ValueError(f"upscale must be 2, 3, 4 or 8, got {upscale}")
     steps = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
     layers: list[nn.Module] = []
     for step in steps:
@@ -410,9 +418,11 @@ _MIRROR = "https://huggingface.co/Acly/hat/resolve/main/"
 # mirror with an address each.
 default_cfgs = generate_default_cfgs(
     {
+        "hat_s_x1": _cfg(description=""),
         "hat_s_x2.df2k": _cfg(),
         "hat_s_x3.df2k": _cfg(),
         "hat_s_x4.df2k": _cfg(psnr=_psnr(32.92, 29.15, 27.97, 27.87, 32.35)),
+        "hat_x1": _cfg(description=""),
         "hat_x2.df2k": _cfg(psnr=_psnr(38.63, 34.86, 32.62, 34.45, 40.26)),
         "hat_x2.imagenet_df2k": _cfg(psnr=_psnr(38.73, 35.13, 32.69, 34.81, 40.71)),
         "hat_x3.df2k": _cfg(psnr=_psnr(35.07, 31.08, 29.54, 30.23, 35.53)),
@@ -423,6 +433,7 @@ default_cfgs = generate_default_cfgs(
         "hat_x4.df2k": _cfg(psnr=_psnr(33.04, 29.23, 28.00, 27.97, 32.48)),
         "hat_x4.real_gan": _cfg(),
         "hat_x4.real_gan_sharper": _cfg(_MIRROR + "Real_HAT_GAN_sharper.pth"),
+        "hat_l_x1": _cfg(description=""),
         "hat_l_x2.imagenet_df2k": _cfg(),
         "hat_l_x3.imagenet_df2k": _cfg(),
         "hat_l_x4.imagenet_df2k": _cfg(psnr=_psnr(33.30, 29.47, 28.09, 28.60, 33.09)),
@@ -436,6 +447,12 @@ def _create_hat(variant: str, pretrained: bool = False, **kwargs: Any) -> HAT:
 
 _HAT_S: dict[str, Any] = {"embed_dim": 144, "compress_ratio": 24, "squeeze_factor": 24}
 _HAT_L: dict[str, Any] = {"depths": (6,) * 12}
+
+
+@register_model
+def hat_s_x1(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-S at the same size, for `task="denoising"` or `"jpeg"`; not an official form."""
+    return _create_hat("hat_s_x1", pretrained, **{**_HAT_S, "upscale": 1, **kwargs})
 
 
 @register_model
@@ -457,6 +474,12 @@ def hat_s_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
 
 
 @register_model
+def hat_x1(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT at the same size, for `task="denoising"` or `"jpeg"`; not an official form."""
+    return _create_hat("hat_x1", pretrained, **{"upscale": 1, **kwargs})
+
+
+@register_model
 def hat_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
     """HAT x2: 20.6 M parameters."""
     return _create_hat("hat_x2", pretrained, **{"upscale": 2, **kwargs})
@@ -472,6 +495,12 @@ def hat_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
 def hat_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
     """HAT x4: 20.8 M parameters, 103.9 GMACs for a 64x64 input."""
     return _create_hat("hat_x4", pretrained, **{"upscale": 4, **kwargs})
+
+
+@register_model
+def hat_l_x1(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-L at the same size, for `task="denoising"` or `"jpeg"`; not an official form."""
+    return _create_hat("hat_l_x1", pretrained, **{**_HAT_L, "upscale": 1, **kwargs})
 
 
 @register_model
