@@ -2,7 +2,8 @@
 
 from ._restoration import RestorationInfo
 from .biformer import BiFormer
+from .craft import CRAFT
 from .hat import HAT
 from .rgt import RGT
 
-__all__ = ["HAT", "RGT", "BiFormer", "RestorationInfo"]
+__all__ = ["CRAFT", "HAT", "RGT", "BiFormer", "RestorationInfo"]
