@@ -2,8 +2,9 @@
 
 from ._restoration import RestorationInfo
 from .biformer import BiFormer
+from .catanet import CATANet
 from .craft import CRAFT
 from .hat import HAT
 from .rgt import RGT
 
-__all__ = ["CRAFT", "HAT", "RGT", "BiFormer", "RestorationInfo"]
+__all__ = ["CRAFT", "HAT", "RGT", "BiFormer", "CATANet", "RestorationInfo"]

@@ -50,16 +50,40 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """
     height, width = x.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
+    return _reflect(x, bottom, right, f"a multiple of {multiple}", multiple // 2 + 1)
+
+
+def pad_to_size(x: Tensor, size: int) -> Tensor:
+    """Reflect-pad `x` `[B, C, H, W]` on the right and bottom to at least `size` pixels a side.
+
+    Raises:
+        ValueError: a side is too small to be reflected that far.
+    """
+    height, width = x.shape[-2:]
+    bottom, right = max(size - height, 0), max(size - width, 0)
+    return _reflect(x, bottom, right, f"{size} pixels a side", size // 2 + 1)
+
+
+def _reflect(x: Tensor, bottom: int, right: int, goal: str, min_size: int) -> Tensor:
+    height, width = x.shape[-2:]
     if bottom >= height or right >= width:
         raise ValueError(
-            f"an input of {height}x{width} cannot be reflected to a multiple of {multiple}: "
-            f"each side must be at least {multiple // 2 + 1} pixels"
+            f"an input of {height}x{width} cannot be reflected to {goal}: "
+            f"each side must be at least {min_size} pixels"
         )
     return F.pad(x, (0, right, 0, bottom), mode="reflect") if bottom or right else x
 
 
-def upsampler(dim: int, upscale: int, dd: dict[str, Any]) -> nn.Sequential:
+def upsampler(
+    dim: int, upscale: int, dd: dict[str, Any], negative_slope: float | None = None
+) -> nn.Sequential:
     """Convolutions and pixel shuffles on `[B, dim, H, W]`, in steps of 2, or of 3 for `upscale=3`.
+
+    Args:
+        dim: channels in and out.
+        upscale: 2, 3, 4 or 8.
+        dd: device and dtype.
+        negative_slope: of a LeakyReLU behind every step; None for none.
 
     Raises:
         ValueError: an `upscale` other than 2, 3, 4 and 8.
@@ -70,6 +94,8 @@ def upsampler(dim: int, upscale: int, dd: dict[str, Any]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for step in steps:
         layers += [nn.Conv2d(dim, step**2 * dim, 3, padding=1, **dd), nn.PixelShuffle(step)]
+        if negative_slope is not None:
+            layers.append(nn.LeakyReLU(negative_slope))
     return nn.Sequential(*layers)
 
 

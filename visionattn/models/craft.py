@@ -17,7 +17,7 @@ from timm.layers import Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers.layout import on_nhwc
+from ..layers.layout import mirror_index, on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
 from ._restoration import DIV2K_MEAN, RestorationInfo, build_restoration, super_resolution_cfg
@@ -296,18 +296,10 @@ class CRAFT(nn.Module):
         multiple, mean = self.info.size_multiple, x.new_tensor(self.mean).view(1, -1, 1, 1)
         for dim, side in ((2, height), (3, width)):
             blocks = -(-side // multiple) if self.pad == "needed" else side // multiple + 1
-            x = _mirror(x, dim, blocks * multiple)
+            if blocks * multiple > side:
+                x = x.index_select(dim, mirror_index(side, blocks * multiple, x.device))
         x = self.upsample(self.forward_features((x - mean) * self.img_range)) / self.img_range + mean
         return x[..., : height * self.info.upscale, : width * self.info.upscale]
-
-
-def _mirror(x: Tensor, dim: int, length: int) -> Tensor:
-    """Continue `x` along `dim` up to `length` by its mirror image, edge repeated, as often as needed."""
-    side = x.shape[dim]
-    if side == length:
-        return x
-    index = torch.arange(length, device=x.device) % (2 * side)
-    return x.index_select(dim, torch.minimum(index, 2 * side - 1 - index))
 
 
 def _init_weights(module: nn.Module) -> None:
