@@ -167,6 +167,16 @@ def test_attention_by_content_follows_the_formula(count: int, group_size: int):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_tokens_of_one_centre_stay_in_their_order():
+    torch.manual_seed(0)
+    layer = TokenAggregation(40, 36, 4, 96, num_centres=1, group_size=8, iterations=5).double().eval()
+    x, centres = torch.randn(1, 20, 20, 40).double(), torch.randn(1, 40).double()
+    with torch.no_grad():
+        out = attend_by_formula(layer, layer.norm(x)[0].flatten(0, 1), torch.arange(400), centres)
+        y = x + layer.out(layer.proj(out)).view_as(x)
+        torch.testing.assert_close(layer(x, centres, torch.tensor(True))[0], y + layer.mlp(y))
+
+
 def local_by_formula(layer: LocalAttention, x: Tensor) -> Tensor:
     """Crop, attend, add up, halve: the steps of the official code."""
     height, width = x.shape[1:3]

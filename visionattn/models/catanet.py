@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..kernels import window_attention
 from ..layers.layout import mirror_index, on_nhwc
+from ..layers.precision import at_least_float32, without_autocast
 from ._restoration import RestorationInfo, build_restoration, pad_to_size, super_resolution_cfg, upsampler
 
 __all__ = ["CATANet"]
@@ -151,7 +152,7 @@ class TokenAggregation(nn.Module):
         tokens = self.norm(x).flatten(1, 2)
         centres = torch.where(initialised, centres, _segment_means(tokens.detach(), self.num_centres))
         # Rounding changes which centre is nearest.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             if self.training:
                 centres = self._refine(tokens, centres)
             order = torch.argsort(_nearest(_unit(tokens), _unit(centres)), dim=-1, stable=True)
@@ -394,7 +395,7 @@ class CATANet(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return F.normalize(at_least_float32(x), dim=-1)
 
 
 def _nearest(tokens: Tensor, centres: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers.layout import mirror_index, on_nhwc
+from ..layers.precision import at_least_float32, without_autocast
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
 from ._restoration import DIV2K_MEAN, RestorationInfo, build_restoration, super_resolution_cfg
@@ -100,15 +101,17 @@ class ChannelAttention(nn.Module):
         """`[B, H, W, C]` twice to `[B, H, W, C]`."""
         q = on_nhwc(self.q_dwconv, self.q(high)).flatten(1, 2)
         k, v = on_nhwc(self.kv_dwconv, self.kv(low)).flatten(1, 2).chunk(2, -1)
-        weights = self._weights(q, k)
+        weights = self._weights(q, k).to(v.dtype)
         out = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) @ weights.mT
         return self.proj(out.transpose(1, 2).reshape(low.shape))
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Softmax weights `[B, heads, d, d]` of `[B, N, C]`; sums over an image need float32."""
-        with torch.autocast(q.device.type, enabled=False):
-            q, k = (t.float() if t.dtype != torch.float64 else t for t in (q, k))
-            q, k = (F.normalize(t, dim=1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k))
+        with without_autocast(q):
+            q, k = (
+                F.normalize(at_least_float32(t), dim=1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for t in (q, k)
+            )
             return (q.mT @ k * self.temperature).softmax(-1)
 
 
