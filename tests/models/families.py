@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import timm
@@ -13,6 +14,9 @@ from visionattn.benchmark.zoo import model_names
 # Arguments that shrink a network to milliseconds and change nothing about its structure.
 SMALL: dict[str, dict[str, Any]] = {
     "biformer": {"depths": (1, 2, 1, 1), "embed_dims": (32, 64, 64, 64), "n_win": 2, "topks": (1, 2, 4, -2)},
+    "catanet": {"patch_sizes": (8, 12), "num_centres": (5, 9), "group_sizes": (32, 20)},
+    # A width at which the position bias matters; at the published one it is constant and not trained.
+    "craft": {"depths": (1, 1), "embed_dim": 96},
     "hat": {
         "depths": (2, 2),
         "embed_dim": 24,
@@ -21,6 +25,13 @@ SMALL: dict[str, dict[str, Any]] = {
         "compress_ratio": 3,
         "squeeze_factor": 2,
     },
+    "rgt": {"depths": (3, 2), "embed_dim": 96},
+}
+
+# What training does otherwise, apart from batch statistics and drop path.
+TRAINED_OTHERWISE = {
+    "catanet": "the centres of tokens move to the batch",
+    "rgt": "small maps are reduced less often",
 }
 
 # Learnable parameters of the published networks.
@@ -30,6 +41,12 @@ PARAMETERS = {
     "biformer_base": 56_804_968,
     "biformer_stl": 28_372_552,
     "biformer_stl_nchw": 28_372_552,
+    "catanet_x2": 477_435,
+    "catanet_x3": 549_635,
+    "catanet_x4": 535_195,
+    "craft_x2": 737_756,
+    "craft_x3": 744_251,
+    "craft_x4": 753_344,
     "hat_s_x2": 9_473_471,
     "hat_s_x3": 9_658_111,
     "hat_s_x4": 9_621_183,
@@ -39,6 +56,12 @@ PARAMETERS = {
     "hat_l_x2": 40_698_863,
     "hat_l_x3": 40_883_503,
     "hat_l_x4": 40_846_575,
+    "rgt_s_x2": 10_051_055,
+    "rgt_s_x3": 10_235_695,
+    "rgt_s_x4": 10_198_767,
+    "rgt_x2": 13_217_831,
+    "rgt_x3": 13_402_471,
+    "rgt_x4": 13_365_543,
 }
 
 
@@ -53,6 +76,11 @@ def small(name: str, **kwargs: Any) -> nn.Module:
 
 
 RESTORATION = [name for name in model_names() if hasattr(small(name, device="meta"), "info")]
+DROP_PATH = [
+    name
+    for name in model_names()
+    if "drop_path_rate" in inspect.signature(type(small(name, device="meta"))).parameters
+]
 CLASSIFICATION = [name for name in model_names() if name not in RESTORATION]
 # One variant of every family, where what is tested does not differ between variants.
 FAMILIES = list({family(name): name for name in reversed(model_names())}.values())

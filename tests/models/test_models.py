@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import CLASSIFICATION, FAMILIES, PARAMETERS, RESTORATION, SMALL, family, small
+from families import (
+    CLASSIFICATION,
+    DROP_PATH,
+    FAMILIES,
+    PARAMETERS,
+    RESTORATION,
+    SMALL,
+    TRAINED_OTHERWISE,
+    family,
+    small,
+)
 from safetensors.torch import load, save
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -173,7 +183,7 @@ def test_implementations_agree(name: str):
     torch.testing.assert_close(net(x), expected)
 
 
-@every_model
+@pytest.mark.parametrize("name", [name for name in ALL if family(name) not in TRAINED_OTHERWISE])
 def test_training_without_drop_path_differs_from_evaluation_only_by_batch_statistics(name: str):
     net = small(name)
     for module in net.modules():
@@ -187,7 +197,7 @@ def test_training_without_drop_path_differs_from_evaluation_only_by_batch_statis
     torch.testing.assert_close(net(x), evaluated)
 
 
-@every_model
+@pytest.mark.parametrize("name", DROP_PATH)
 def test_drop_path_acts_in_training_only(name: str):
     net, plain = small(name, drop_path_rate=0.9), small(name)
     plain.load_state_dict(net.state_dict())

@@ -13,7 +13,7 @@ RestorationTask = Literal[
     "super-resolution", "denoising", "jpeg", "dehazing", "deblurring", "hyperspectral-denoising"
 ]
 
-# Mean colour of the DIV2K training set, subtracted before most networks and added after them.
+# Mean colour of the DIV2K training set, which super-resolution networks subtract and add back.
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 
 
@@ -42,6 +42,19 @@ class RestorationInfo:
     bfloat16_safe: bool = True
 
 
+def check_size(x: Tensor, min_size: int) -> None:
+    """Refuse images `[B, C, H, W]` with a side below `min_size` pixels.
+
+    Raises:
+        ValueError: says the size and the smallest one.
+    """
+    height, width = x.shape[-2:]
+    if min(height, width) < min_size:
+        raise ValueError(
+            f"an input of {height}x{width} is too small: each side must be at least {min_size} pixels"
+        )
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Reflect-pad `x` `[B, C, H, W]` on the right and bottom to a multiple of `multiple` pixels.
 
@@ -50,26 +63,10 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """
     height, width = x.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
-    return _reflect(x, bottom, right, f"a multiple of {multiple}", multiple // 2 + 1)
-
-
-def pad_to_size(x: Tensor, size: int) -> Tensor:
-    """Reflect-pad `x` `[B, C, H, W]` on the right and bottom to at least `size` pixels a side.
-
-    Raises:
-        ValueError: a side is too small to be reflected that far.
-    """
-    height, width = x.shape[-2:]
-    bottom, right = max(size - height, 0), max(size - width, 0)
-    return _reflect(x, bottom, right, f"{size} pixels a side", size // 2 + 1)
-
-
-def _reflect(x: Tensor, bottom: int, right: int, goal: str, min_size: int) -> Tensor:
-    height, width = x.shape[-2:]
     if bottom >= height or right >= width:
         raise ValueError(
-            f"an input of {height}x{width} cannot be reflected to {goal}: "
-            f"each side must be at least {min_size} pixels"
+            f"an input of {height}x{width} cannot be reflected to a multiple of {multiple}: "
+            f"each side must be at least {multiple // 2 + 1} pixels"
         )
     return F.pad(x, (0, right, 0, bottom), mode="reflect") if bottom or right else x
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from ..layers.layout import mirror_index, on_nhwc
 from ..layers.precision import at_least_float32, without_autocast
-from ._restoration import RestorationInfo, build_restoration, pad_to_size, super_resolution_cfg, upsampler
+from ._restoration import RestorationInfo, build_restoration, check_size, super_resolution_cfg, upsampler
 
 __all__ = ["CATANet"]
 
@@ -144,17 +144,17 @@ class TokenAggregation(nn.Module):
         Args:
             x: `[B, H, W, C]`.
             centres: `[centres, C]`.
-            initialised: boolean scalar; False takes means of consecutive pixels for `centres`.
+            initialised: boolean scalar; if False, training begins with means of consecutive pixels instead.
 
         Returns:
             `[B, H, W, C]`, and the centres that were used, detached; in training they moved to the batch.
         """
         tokens = self.norm(x).flatten(1, 2)
-        centres = torch.where(initialised, centres, _segment_means(tokens.detach(), self.num_centres))
         # Rounding changes which centre is nearest.
         with without_autocast(x):
             if self.training:
-                centres = self._refine(tokens, centres)
+                means = _segment_means(tokens.detach(), self.num_centres)
+                centres = self._refine(tokens, torch.where(initialised, centres, means))
             order = torch.argsort(_nearest(_unit(tokens), _unit(centres)), dim=-1, stable=True)
         out = self._attend(tokens, order, centres)
         x = x + self.out(self.proj(out)).view_as(x)
@@ -237,7 +237,9 @@ class Block(nn.Module):
     """Attention by content, attention in patches, a convolution, one skip; `[B, H, W, C]`.
 
     Holds the centres of the attention by content. In training they follow the centres of the batches; with
-    several processes, buffers must be kept equal, as `DistributedDataParallel` does by default.
+    several processes, buffers must be kept equal, as `DistributedDataParallel` does by default. Before any
+    training they are random: the official code would take means of consecutive pixels over the whole batch,
+    so that samples would depend on each other, and on rounding, where mirrored pixels make equal centres.
 
     Args:
         aggregation: attention by content.
@@ -385,13 +387,17 @@ class CATANet(nn.Module):
         """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
 
         Raises:
-            ValueError: an image too small to be padded; the message says the smallest size.
+            ValueError: an image too small to be reflected; the message says the smallest size.
         """
+        check_size(x, self.info.min_size)
         upscale = self.info.upscale
-        height, width = (upscale * side for side in x.shape[-2:])
-        x = pad_to_size(x, self.padded_size)
+        height, width = x.shape[-2:]
+        bottom, right = max(self.padded_size - height, 0), max(self.padded_size - width, 0)
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom), mode="reflect")
         base = F.interpolate(x, scale_factor=float(upscale), mode="bilinear") if upscale > 1 else x
-        return (self.conv_last(self.upsample(self.forward_features(x))) + base)[..., :height, :width]
+        x = self.conv_last(self.upsample(self.forward_features(x))) + base
+        return x[..., : height * upscale, : width * upscale]
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -21,7 +21,13 @@ from ..layers.layout import mirror_index, on_nhwc
 from ..layers.precision import at_least_float32, without_autocast
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
-from ._restoration import DIV2K_MEAN, RestorationInfo, build_restoration, super_resolution_cfg
+from ._restoration import (
+    DIV2K_MEAN,
+    RestorationInfo,
+    build_restoration,
+    check_size,
+    super_resolution_cfg,
+)
 
 __all__ = ["CRAFT"]
 
@@ -294,7 +300,12 @@ class CRAFT(nn.Module):
         return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped."""
+        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+
+        Raises:
+            ValueError: an image without pixels.
+        """
+        check_size(x, self.info.min_size)
         height, width = x.shape[-2:]
         multiple, mean = self.info.size_multiple, x.new_tensor(self.mean).view(1, -1, 1, 1)
         for dim, side in ((2, height), (3, width)):

@@ -17,9 +17,12 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..kernels import overlapping_window_attention, window_attention
-from ._restoration import DIV2K_MEAN, RestorationInfo, build_restoration, pad_to_multiple, upsampler
+from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
 
 __all__ = ["HAT"]
+
+# Mean colour of the DIV2K training set, subtracted before the network and added after it.
+_DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 
 
 class ChannelAttentionBlock(nn.Module):
@@ -236,7 +239,7 @@ class HAT(nn.Module):
         self.num_features = embed_dim
         self.window_size = window_size
         self.img_range = img_range
-        self.mean = DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
+        self.mean = _DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
         self.info = RestorationInfo(
             task="super-resolution",
             upscale=upscale,
@@ -270,7 +273,7 @@ class HAT(nn.Module):
         self.conv_before_upsample = nn.Sequential(
             nn.Conv2d(embed_dim, 64, 3, padding=1, **dd), nn.LeakyReLU()
         )
-        self.upsample = upsampler(64, upscale, dd)
+        self.upsample = _upsampler(64, upscale, dd)
         self.conv_last = nn.Conv2d(64, in_chans, 3, padding=1, **dd)
         self.apply(_init_weights)
 
@@ -312,6 +315,16 @@ class HAT(nn.Module):
         x = self.upsample(self.conv_before_upsample(self.forward_features(x)))
         x = self.conv_last(x) / self.img_range + mean
         return x[..., : height * self.info.upscale, : width * self.info.upscale]
+
+
+def _upsampler(dim: int, upscale: int, dd: dict[str, Any]) -> nn.Sequential:
+    if upscale not in (2, 3, 4, 8):
+        raise ValueError(f"upscale must be 2, 3, 4 or 8, got {upscale}")
+    steps = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
+    layers: list[nn.Module] = []
+    for step in steps:
+        layers += [nn.Conv2d(dim, step**2 * dim, 3, padding=1, **dd), nn.PixelShuffle(step)]
+    return nn.Sequential(*layers)
 
 
 def _init_weights(module: nn.Module) -> None:

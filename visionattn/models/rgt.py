@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from ..layers.layout import on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
-from ._restoration import DIV2K_MEAN, RestorationInfo, build_restoration, super_resolution_cfg, upsampler
+from ._restoration import (
+    DIV2K_MEAN,
+    RestorationInfo,
+    build_restoration,
+    check_size,
+    super_resolution_cfg,
+    upsampler,
+)
 
 __all__ = ["RGT"]
 
@@ -250,11 +257,7 @@ class RGT(nn.Module):
         Raises:
             ValueError: a side below 16 pixels.
         """
-        if min(x.shape[-2:]) < _MIN_SIZE:
-            raise ValueError(
-                f"an input of {x.shape[-2]}x{x.shape[-1]} is too small: "
-                f"each side must be at least {_MIN_SIZE} pixels"
-            )
+        check_size(x, _MIN_SIZE)
         mean = x.new_tensor(self.mean).view(1, -1, 1, 1)
         x = self.forward_features((x - mean) * self.img_range)
         x = self.conv_last(self.upsample(self.conv_before_upsample(x)))
