@@ -11,10 +11,14 @@ from torch import nn
 
 from visionattn.benchmark.zoo import model_names
 
-# Arguments that shrink a network to milliseconds and change nothing about its structure.
+# Arguments that shrink the networks whose names begin so to milliseconds, and change nothing about their
+# structure.
 SMALL: dict[str, dict[str, Any]] = {
     "biformer": {"depths": (1, 2, 1, 1), "embed_dims": (32, 64, 64, 64), "n_win": 2, "topks": (1, 2, 4, -2)},
     "cfsr": {"depths": (2, 1), "embed_dim": 8},
+    "catanet": {"patch_sizes": (8, 12), "num_centres": (5, 9), "group_sizes": (32, 20)},
+    # A width at which the position bias matters; at the published one it is constant and not trained.
+    "craft": {"depths": (1, 1), "embed_dim": 96},
     "hat": {
         "depths": (2, 2),
         "embed_dim": 24,
@@ -25,7 +29,15 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     # Always the learned queries: the draws of training are tested in test_hsdt.py.
     "hsdt": {"embed_dim": 4, "depth": 3, "downsample": (1,), "self_query_rate": 0.0},
-    "sha_dehaze": {"mid_dim": 16, "embed_dim": 16, "deep_dim": 16, "depth": 2, "deep_depth": 2},
+    "pmnet": {"mid_dim": 16, "embed_dim": 16, "deep_dim": 16, "depth": 2, "deep_depth": 2},
+    "rgt": {"depths": (3, 2), "embed_dim": 96},
+}
+
+# What training does otherwise, apart from batch statistics and drop path.
+TRAINED_OTHERWISE = {
+    "catanet": "the centres of tokens move to the batch",
+    "hsdt_ssr": "it pads in evaluation only",
+    "rgt": "small maps are reduced less often",
 }
 
 # Learnable parameters of the published networks.
@@ -39,6 +51,12 @@ PARAMETERS = {
     "cfsr_x3": 304_731,
     "cfsr_x4": 313_824,
     "hat_s_x1": 9_244_911,
+    "catanet_x2": 477_435,
+    "catanet_x3": 549_635,
+    "catanet_x4": 535_195,
+    "craft_x2": 737_756,
+    "craft_x3": 744_251,
+    "craft_x4": 753_344,
     "hat_s_x2": 9_473_471,
     "hat_s_x3": 9_658_111,
     "hat_s_x4": 9_621_183,
@@ -60,27 +78,47 @@ PARAMETERS = {
     "hsdt_ssr": 521_251,
     "pmnet": 19_993_613,
     "pmnet_small": 99_335,
+    "rgt_s_x2": 10_051_055,
+    "rgt_s_x3": 10_235_695,
+    "rgt_s_x4": 10_198_767,
+    "rgt_x2": 13_217_831,
+    "rgt_x3": 13_402_471,
+    "rgt_x4": 13_365_543,
 }
 
 
-def family(name: str) -> str:
-    return timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
+def prefix(name: str) -> str:
+    """The entry of `SMALL` for a network."""
+    return next(key for key in SMALL if name.startswith(key))
 
 
 def small(name: str, **kwargs: Any) -> nn.Module:
     """The network in miniature, the same at every call."""
     torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL.get(family(name), {}), **kwargs})
+    return timm.create_model(name, **{**SMALL[prefix(name)], **kwargs})
 
 
-RESTORATION = [name for name in model_names() if hasattr(small(name, device="meta"), "info")]
+def structure(name: str) -> str:
+    """What the miniature of a network is made of: equal for variants that differ in size alone."""
+    net = small(name, device="meta")
+    plain = (bool, int, float, str, tuple, type(None))
+    facts = [
+        (path, type(module).__name__, {k: v for k, v in vars(module).items() if isinstance(v, plain)})
+        for path, module in net.named_modules()
+    ]
+    return repr((facts, [(n, tuple(p.shape)) for n, p in net.named_parameters()], getattr(net, "info", None)))
+
+
+ALL = model_names()
+# One variant of every structure, for what sizes do not change.
+STRUCTURES = list({structure(name): name for name in reversed(ALL)}.values())[::-1]
+RESTORATION = [name for name in STRUCTURES if hasattr(small(name, device="meta"), "info")]
+CLASSIFICATION = [name for name in STRUCTURES if name not in RESTORATION]
 DROP_PATH = [
     name
-    for name in model_names()
+    for name in STRUCTURES
     if "drop_path_rate" in inspect.signature(type(small(name, device="meta"))).parameters
 ]
-# The official hsdt_ssr pads in evaluation only; test_hsdt.py tests that.
-SAME_IN_TRAINING = [name for name in model_names() if name != "hsdt_ssr"]
-CLASSIFICATION = [name for name in model_names() if name not in RESTORATION]
-# One variant of every family, where what is tested does not differ between variants.
-FAMILIES = list({family(name): name for name in reversed(model_names())}.values())
+SAME_IN_TRAINING = [name for name in STRUCTURES if not name.startswith(tuple(TRAINED_OTHERWISE))]
+# One variant of every miniature, for what takes long and differs between families alone.
+FAMILIES = list({prefix(name): name for name in reversed(ALL)}.values())[::-1]

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from families import (
+    ALL,
     CLASSIFICATION,
     DROP_PATH,
     FAMILIES,
@@ -16,7 +17,8 @@ from families import (
     RESTORATION,
     SAME_IN_TRAINING,
     SMALL,
-    family,
+    STRUCTURES,
+    prefix,
     small,
 )
 from safetensors.torch import load, save
@@ -24,11 +26,10 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 import visionattn
-from visionattn.benchmark.zoo import model_names
 
-ALL = model_names()
 SIZE = (64, 96)
-every_model = pytest.mark.parametrize("name", ALL)
+every_name = pytest.mark.parametrize("name", ALL)
+every_model = pytest.mark.parametrize("name", STRUCTURES)
 every_backbone = pytest.mark.parametrize("name", CLASSIFICATION)
 every_restorer = pytest.mark.parametrize("name", RESTORATION)
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -79,7 +80,7 @@ def test_every_published_network_is_registered():
     assert set(PARAMETERS) == set(ALL)
 
 
-@every_model
+@every_name
 def test_full_size_without_data(name: str):
     net = timm.create_model(name, device="meta").eval()
     assert all(tensor.is_meta for tensor in net.state_dict().values())
@@ -89,7 +90,7 @@ def test_full_size_without_data(name: str):
 
 
 @pytest.mark.slow
-@every_model
+@every_name
 def test_forward_in_full_size(name: str):
     net = timm.create_model(name).eval()
     odd = (35, 66) if hasattr(net, "info") else (256, 192)
@@ -101,7 +102,7 @@ def test_forward_in_full_size(name: str):
             assert out.isfinite().all()
 
 
-@every_model
+@every_name
 def test_default_cfgs(name: str):
     for tag in [name, *timm.list_models(f"{name}.*", pretrained=True)]:
         cfg = timm.get_pretrained_cfg(tag)
@@ -464,4 +465,4 @@ def test_restoration_does_not_change_its_input(name: str):
 
 
 def test_every_family_has_a_miniature():
-    assert set(SMALL) == {family(name) for name in ALL}
+    assert set(SMALL) == {prefix(name) for name in ALL}

@@ -1,4 +1,4 @@
-"""What every restoration network states about itself, and the padding that they share."""
+"""What every restoration network states about itself, and the parts that they share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg
-from torch import Tensor
+from torch import Tensor, nn
 
 RestorationTask = Literal[
     "super-resolution",
@@ -50,6 +50,19 @@ class RestorationInfo:
     out_channels: int | None = None
 
 
+def check_size(x: Tensor, min_size: int) -> None:
+    """Refuse images `[B, C, H, W]` with a side below `min_size` pixels.
+
+    Raises:
+        ValueError: says the size and the smallest one.
+    """
+    height, width = x.shape[-2:]
+    if min(height, width) < min_size:
+        raise ValueError(
+            f"an input of {height}x{width} is too small: each side must be at least {min_size} pixels"
+        )
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Reflect-pad `x` `[B, C, H, W]` on the right and bottom to a multiple of `multiple` pixels.
 
@@ -64,6 +77,53 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
             f"each side must be at least {multiple // 2 + 1} pixels"
         )
     return F.pad(x, (0, right, 0, bottom), mode="reflect") if bottom or right else x
+
+
+def upsampler(
+    dim: int, upscale: int, dd: dict[str, Any], negative_slope: float | None = None
+) -> nn.Sequential:
+    """Convolutions and pixel shuffles on `[B, dim, H, W]`, in steps of 2, or of 3 for `upscale=3`.
+
+    Args:
+        dim: channels in and out.
+        upscale: 2, 3, 4 or 8.
+        dd: device and dtype.
+        negative_slope: of a LeakyReLU behind every step; None for none.
+
+    Raises:
+        ValueError: an `upscale` other than 2, 3, 4 and 8.
+    """
+    if upscale not in (2, 3, 4, 8):
+        raise ValueError(f"upscale must be 2, 3, 4 or 8, got {upscale}")
+    steps = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
+    layers: list[nn.Module] = []
+    for step in steps:
+        layers += [nn.Conv2d(dim, step**2 * dim, 3, padding=1, **dd), nn.PixelShuffle(step)]
+        if negative_slope is not None:
+            layers.append(nn.LeakyReLU(negative_slope))
+    return nn.Sequential(*layers)
+
+
+def super_resolution_cfg(results: str, **kwargs: Any) -> dict[str, Any]:
+    """A `default_cfgs` entry of a super-resolution network.
+
+    Args:
+        results: "PSNR/SSIM" on Y for Set5, Set14, B100, Urban100 and Manga109, separated by blanks.
+        kwargs: the other fields.
+    """
+    sets = ("Set5", "Set14", "B100", "Urban100", "Manga109")
+    table = ", ".join(f"{name} {value}" for name, value in zip(sets, results.split()))
+    return {
+        "url": "",
+        "num_classes": 0,
+        "input_size": (3, 64, 64),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "license": "apache-2.0",
+        "first_conv": "conv_first",
+        "notes": (f"PSNR/SSIM on Y: {table}",),
+        **kwargs,
+    }
 
 
 def build_restoration(model_cls: type, variant: str, pretrained: bool, **kwargs: Any) -> Any:

@@ -17,7 +17,14 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..kernels import overlapping_window_attention, window_attention
-from ._restoration import DIV2K_MEAN, RestorationInfo, RestorationTask, build_restoration, pad_to_multiple
+from ._restoration import (
+    DIV2K_MEAN,
+    RestorationInfo,
+    RestorationTask,
+    build_restoration,
+    pad_to_multiple,
+    upsampler,
+)
 
 __all__ = ["HAT"]
 
@@ -279,7 +286,7 @@ class HAT(nn.Module):
             self.conv_before_upsample = nn.Sequential(
                 nn.Conv2d(embed_dim, 64, 3, padding=1, **dd), nn.LeakyReLU()
             )
-            self.upsample = _upsampler(64, upscale, dd)
+            self.upsample = upsampler(64, upscale, dd)
         self.conv_last = nn.Conv2d(64 if upscale > 1 else embed_dim, in_chans, 3, padding=1, **dd)
         self.apply(_init_weights)
 
@@ -325,14 +332,6 @@ class HAT(nn.Module):
             x = x + self.conv_last(y)
         x = x / self.img_range + mean
         return x[..., : height * self.info.upscale, : width * self.info.upscale]
-
-
-def _upsampler(dim: int, upscale: int, dd: dict[str, Any]) -> nn.Sequential:
-    steps = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
-    layers: list[nn.Module] = []
-    for step in steps:
-        layers += [nn.Conv2d(dim, step**2 * dim, 3, padding=1, **dd), nn.PixelShuffle(step)]
-    return nn.Sequential(*layers)
 
 
 def _init_weights(module: nn.Module) -> None:

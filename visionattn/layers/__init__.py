@@ -1,0 +1,1 @@
+"""Modules that several families share or that plug into other networks."""

@@ -1,0 +1,538 @@
+"""CATANet: light super-resolution whose pixels attend to those of similar content, wherever they are.
+
+Paper: "CATANet: Efficient Content-Aware Token Aggregation for Lightweight Image Super-Resolution", CVPR 2025,
+https://arxiv.org/abs/2503.06896. Official code and weights: https://github.com/EquationWalker/CATANet
+(Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from ..kernels import window_attention
+from ..layers.layout import mirror_index, on_nhwc
+from ..layers.precision import at_least_float32, without_autocast
+from ._restoration import RestorationInfo, build_restoration, check_size, super_resolution_cfg, upsampler
+
+__all__ = ["CATANet"]
+
+
+class HeadProjection(nn.Module):
+    """Bias-free queries, keys and values in heads of one width.
+
+    The heads of queries and keys are 9 channels wide in the official network, those of values 10: fused
+    attention takes neither. Zero channels, which change no product, fill all of them up to a multiple of 8.
+
+    Args:
+        dim: channels of the input and of the values.
+        qk_dim: channels of queries and keys.
+        num_heads: attention heads.
+        with_queries: whether there are queries, or keys and values only.
+
+    Attributes:
+        scale: softmax scale, that of the heads before they are filled up.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        qk_dim: int,
+        num_heads: int,
+        with_queries: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.scale = (qk_dim // num_heads) ** -0.5
+        self.q = nn.Linear(dim, qk_dim, bias=False, **dd) if with_queries else None
+        self.k = nn.Linear(dim, qk_dim, bias=False, **dd)
+        self.v = nn.Linear(dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` to `[..., 3 (2 without queries), heads, d]`."""
+        layers = (self.k, self.v) if self.q is None else (self.q, self.k, self.v)
+        weights = [layer.weight.unflatten(0, (self.num_heads, -1)) for layer in layers]
+        head_dim = -(-max(w.shape[1] for w in weights) // 8) * 8
+        filled = torch.stack([F.pad(w, (0, 0, 0, head_dim - w.shape[1])) for w in weights])
+        return F.linear(x, filled.flatten(0, 2)).unflatten(-1, filled.shape[:3])
+
+    def join(self, out: Tensor) -> Tensor:
+        """`[..., C]` of attention output `[..., heads, d]`, without the zero channels."""
+        return out[..., : self.v.out_features // self.num_heads].flatten(-2)
+
+
+class ConvMlp(nn.Module):
+    """An MLP with a depthwise 5x5 convolution as a residual branch of its hidden layer, pre-normalised."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 5, padding=2, groups=hidden_dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        x = F.gelu(self.fc1(self.norm(x)))
+        return self.fc2(x + F.gelu(on_nhwc(self.dwconv, x)))
+
+
+class TokenAggregation(nn.Module):
+    """Attention among pixels that are nearest to the same centre, and to the centres themselves (TAB).
+
+    Pixels are sorted by the centre with the most similar direction, ties by position, and cut into groups; a
+    group attends to itself and to the next one. A second softmax attends to all centres.
+
+    Args:
+        dim: channels.
+        qk_dim: channels of queries and keys.
+        num_heads: attention heads.
+        hidden_dim: hidden width of the MLP.
+        num_centres: centres.
+        group_size: pixels in a group.
+        iterations: in training, how often the centres move to the mean of their pixels; gradients flow
+            through the last time.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        qk_dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        num_centres: int,
+        group_size: int,
+        iterations: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_centres = num_centres
+        self.group_size = group_size
+        self.iterations = iterations
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.qkv = HeadProjection(dim, qk_dim, num_heads, **dd)
+        self.centre_kv = HeadProjection(dim, qk_dim, num_heads, with_queries=False, **dd)
+        self.proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.out = nn.Linear(dim, dim, bias=False, **dd)
+        self.mlp = ConvMlp(dim, hidden_dim, **dd)
+
+    def forward(self, x: Tensor, centres: Tensor, initialised: Tensor) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            x: `[B, H, W, C]`.
+            centres: `[centres, C]`.
+            initialised: boolean scalar; if False, training begins with means of consecutive pixels instead.
+
+        Returns:
+            `[B, H, W, C]`, and the centres that were used, detached; in training they moved to the batch.
+        """
+        tokens = self.norm(x).flatten(1, 2)
+        # Rounding changes which centre is nearest.
+        with without_autocast(x):
+            if self.training:
+                means = _segment_means(tokens.detach(), self.num_centres)
+                centres = self._refine(tokens, torch.where(initialised, centres, means))
+            order = torch.argsort(_nearest(_unit(tokens), _unit(centres)), dim=-1, stable=True)
+        out = self._attend(tokens, order, centres)
+        x = x + self.out(self.proj(out)).view_as(x)
+        return x + self.mlp(x), centres.detach()
+
+    def _refine(self, tokens: Tensor, centres: Tensor) -> Tensor:
+        tokens = _unit(tokens)
+        with torch.no_grad():
+            for _ in range(self.iterations - 1):
+                centres = _move(tokens, centres)
+        return _move(tokens, centres)
+
+    def _attend(self, tokens: Tensor, order: Tensor, centres: Tensor) -> Tensor:
+        """Both attentions of `[B, N, C]`; groups are cut from the sequence `order` `[B, N]`."""
+        batch, count, dim = tokens.shape
+        size = min(count, self.group_size)
+        groups = -(-count // size)
+        # The last group is filled up, and followed, by the mirror image of the sequence.
+        sequence = order[:, mirror_index(count, (groups + 1) * size, order.device), None].expand(-1, -1, dim)
+        q, k, v = self.qkv(tokens.gather(1, sequence)).unflatten(1, (groups + 1, size)).unbind(3)
+        k, v = (torch.cat((t[:, :-1], t[:, 1:]), 2) for t in (k, v))
+        q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q[:, :-1], k, v))
+        of_centres = self.centre_kv(centres.to(tokens.dtype)).transpose(0, 2)
+        k_centres, v_centres = of_centres.expand(batch * groups, -1, -1, -1, -1).unbind(2)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.qkv.scale)
+        out = out + F.scaled_dot_product_attention(q, k_centres, v_centres, scale=self.qkv.scale)
+        out = self.qkv.join(out.transpose(1, 2)).unflatten(0, (batch, groups)).flatten(1, 2)[:, :count]
+        return out.scatter(1, sequence[:, :count], out)
+
+
+class LocalAttention(nn.Module):
+    """Attention inside patches that overlap by two pixels, then an MLP, on `[B, H, W, C]` (LRSA).
+
+    Where patches overlap, the official code halves the sum once for every patch that begins there: rows in
+    three patches count for three quarters of their mean.
+
+    Args:
+        dim: channels.
+        qk_dim: channels of queries and keys.
+        num_heads: attention heads.
+        hidden_dim: hidden width of the MLP.
+        patch_size: side of a patch in pixels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        qk_dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        patch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.patch_size = patch_size
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.qkv = HeadProjection(dim, qk_dim, num_heads, **dd)
+        self.proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.mlp = ConvMlp(dim, hidden_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`, sides of at least `patch_size`."""
+        (rows, row_times, row_factor), (columns, column_times, column_factor) = (
+            _overlapping_patches(side, self.patch_size, x.device) for side in x.shape[1:3]
+        )
+        patches = self.norm(x).index_select(1, rows).index_select(2, columns)
+        q, k, v = self.qkv(patches).unbind(3)
+        out = self.qkv.join(window_attention(q, k, v, self.patch_size, scale=self.qkv.scale))
+        out = out.new_zeros(*out.shape[:2], *x.shape[2:]).index_add(2, columns, out)
+        out = out.new_zeros(x.shape).index_add(1, rows, out)
+        factor = (row_factor[:, None] * column_factor).to(x.dtype)[..., None]
+        times = (row_times[:, None] * column_times)[..., None]
+        x = x * (times * factor) + self.proj(out * factor)
+        return x + self.mlp(x)
+
+
+class Block(nn.Module):
+    """Attention by content, attention in patches, a convolution, one skip; `[B, H, W, C]`.
+
+    Holds the centres of the attention by content. In training they follow the centres of the batches; with
+    several processes, buffers must be kept equal, as `DistributedDataParallel` does by default. Before any
+    training they are random: the official code would take means of consecutive pixels over the whole batch,
+    so that samples would depend on each other, and on rounding, where mirrored pixels make equal centres.
+
+    Args:
+        aggregation: attention by content.
+        local: attention in patches.
+        dim: channels.
+    """
+
+    decay = 0.999
+
+    def __init__(
+        self,
+        aggregation: TokenAggregation,
+        local: LocalAttention,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.aggregation = aggregation
+        self.local = local
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, **dd)
+        self.grad_checkpointing = False
+        self.centres: Tensor
+        self.initialised: Tensor
+        self.register_buffer("centres", torch.randn(aggregation.num_centres, dim, **dd))
+        self.register_buffer("initialised", torch.tensor(False, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self._forward(x, self.centres, self.initialised)[0]
+        # What checkpointing repeats in the backward pass must begin with the same centres: they are copied
+        # before and moved outside.
+        centres, initialised = self.centres.clone(), self.initialised.clone()
+        run = partial(checkpoint, self._forward) if self.grad_checkpointing else self._forward
+        x, moved = run(x, centres, initialised)
+        with torch.no_grad():
+            following = self.decay * centres + (1 - self.decay) * moved
+            self.centres.copy_(torch.where(initialised, following, moved))
+            self.initialised.fill_(True)
+        return x
+
+    def _forward(self, x: Tensor, centres: Tensor, initialised: Tensor) -> tuple[Tensor, Tensor]:
+        y, centres = self.aggregation(x, centres, initialised)
+        return x + on_nhwc(self.conv, self.local(y)), centres
+
+
+class CATANet(nn.Module):
+    """CATANet for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
+
+    Sides below the largest patch, on which the official code fails or is silently wrong, are reflect-padded
+    on the right and bottom, and the output is cropped. Pixels are grouped over the whole image: tiles give
+    other numbers.
+
+    Args:
+        in_chans: image channels.
+        upscale: 2, 3, 4 or 8, or 1 for restoration at the input's size.
+        embed_dim: channels of the body.
+        num_heads: attention heads.
+        qk_dim: channels of queries and keys.
+        mlp_dim: hidden width of the MLPs.
+        patch_sizes: side of the patches in pixels, per block.
+        num_centres: centres per block.
+        group_sizes: pixels that attend to each other by content, per block.
+        iterations: in training, how often centres move per step.
+
+    Attributes:
+        info: what tools need to know to run it.
+
+    Raises:
+        ValueError: an `upscale` without an upsampler, or patch sizes, centres and group sizes for different
+            numbers of blocks.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        upscale: int = 4,
+        embed_dim: int = 40,
+        num_heads: int = 4,
+        qk_dim: int = 36,
+        mlp_dim: int = 96,
+        patch_sizes: Sequence[int] = (16, 20, 24, 28, 16, 20, 24, 28),
+        num_centres: Sequence[int] = (16, 32, 64, 128, 16, 32, 64, 128),
+        group_sizes: Sequence[int] = (256, 128, 64, 32, 256, 128, 64, 32),
+        iterations: int = 5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if not len(patch_sizes) == len(num_centres) == len(group_sizes):
+            raise ValueError(
+                "patch_sizes, num_centres and group_sizes must have an entry per block, "
+                f"got {len(patch_sizes)}, {len(num_centres)} and {len(group_sizes)} entries"
+            )
+        self.in_chans = in_chans
+        self.num_classes = 0
+        self.num_features = embed_dim
+        self.padded_size = max(patch_sizes)
+        self.info = RestorationInfo(
+            task="super-resolution",
+            upscale=upscale,
+            channels=in_chans,
+            min_size=self.padded_size // 2 + 1,
+            exact_tiling=False,
+            half_safe=False,
+        )
+        blocks = []
+        for patch, centres, group in zip(patch_sizes, num_centres, group_sizes):
+            aggregation = TokenAggregation(
+                embed_dim, qk_dim, num_heads, mlp_dim, centres, group, iterations, **dd
+            )
+            local = LocalAttention(embed_dim, qk_dim, num_heads, mlp_dim, patch, **dd)
+            blocks.append(Block(aggregation, local, embed_dim, **dd))
+        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
+        self.blocks = nn.Sequential(*blocks)
+        self.upsample = upsampler(embed_dim, upscale, dd, 0.1) if upscale != 1 else nn.Identity()
+        self.conv_last = nn.Conv2d(embed_dim, in_chans, 3, padding=1, **dd)
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers for layer-wise decay."""
+        return {
+            "stem": r"^conv_first",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^(?:upsample|conv_last)", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing what they hold."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The body: images `[B, in_chans, H, W]`, sides of at least the largest patch, to `[B, C, H, W]`."""
+        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
+        return self.blocks(first.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+
+        Raises:
+            ValueError: an image too small to be reflected; the message says the smallest size.
+        """
+        check_size(x, self.info.min_size)
+        upscale = self.info.upscale
+        height, width = x.shape[-2:]
+        bottom, right = max(self.padded_size - height, 0), max(self.padded_size - width, 0)
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom), mode="reflect")
+        base = F.interpolate(x, scale_factor=float(upscale), mode="bilinear") if upscale > 1 else x
+        x = self.conv_last(self.upsample(self.forward_features(x))) + base
+        return x[..., : height * upscale, : width * upscale]
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(at_least_float32(x), dim=-1)
+
+
+def _nearest(tokens: Tensor, centres: Tensor) -> Tensor:
+    """The centre `[B, N]` of largest cosine; both of unit length."""
+    return (tokens @ centres.T).argmax(-1)
+
+
+def _move(tokens: Tensor, centres: Tensor) -> Tensor:
+    """The directions of the mean tokens nearest to each centre; a centre without tokens keeps its own."""
+    centres = _unit(centres)
+    members = _nearest(tokens, centres)[..., None] == torch.arange(len(centres), device=tokens.device)
+    moved = _unit(torch.einsum("bnm,bnc->mc", members.to(tokens.dtype), tokens))
+    return torch.where(members.any(1).any(0)[:, None], moved, centres)
+
+
+def _segment_means(tokens: Tensor, count: int) -> Tensor:
+    """Means `[count, C]` of `count` equal stretches of `[B, N, C]`.
+
+    The sequence is filled up by its mirror image, also where `count` divides it.
+    """
+    size = tokens.shape[1]
+    index = mirror_index(size, (size // count + 1) * count, tokens.device)
+    return tokens.index_select(1, index).unflatten(1, (count, -1)).mean((0, 2))
+
+
+def _overlapping_patches(side: int, patch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches along one axis, each overlapping the one before by two pixels, the last moved back to the end.
+
+    Returns:
+        The pixels of all patches, one patch after the other; in how many patches each pixel is `[side]`; and
+        the factor `[side]` for the sum over patches.
+    """
+    begin = torch.arange(0, side - 2, patch - 2, device=device)
+    start, pixel = begin.clamp(max=side - patch), torch.arange(side, device=device)
+    index = (start[:, None] + torch.arange(patch, device=device)).flatten()
+    behind_start = pixel >= start[:, None]
+    times = (behind_start & (pixel < start[:, None] + patch)).sum(0)
+    halvings = (behind_start & (pixel < begin[:, None] + 2))[1:].sum(0)
+    return index, times, 0.5**halvings
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: CATANet) -> dict[str, Tensor]:
+    """Rename the official parameters to ours; our own names pass unchanged.
+
+    Centres without the note that they are initialised are taken as such: no training saves them otherwise.
+    """
+    state_dict = state_dict.get("params", state_dict)
+    renames = [
+        (r"^first_conv\.", "conv_first."),
+        (r"^last_conv\.", "conv_last."),
+        (r"^mid_convs\.(\d+)\.", r"blocks.\1.conv."),
+        (r"^upconv1?\.", "upsample.0."),
+        (r"^upconv2\.", "upsample.3."),
+        (r"^blocks\.(\d+)\.0\.means$", r"blocks.\1.centres"),
+        (r"^blocks\.(\d+)\.0\.initted$", r"blocks.\1.initialised"),
+        (r"^blocks\.(\d+)\.0\.", r"blocks.\1.aggregation."),
+        (r"^blocks\.(\d+)\.1\.layer\.0\.", r"blocks.\1.local."),
+        (r"^blocks\.(\d+)\.1\.layer\.1\.", r"blocks.\1.local.mlp."),
+        (r"\.irca_attn\.to_", ".centre_kv."),
+        (r"\.iasa_attn\.to_", ".qkv."),
+        (r"\.local\.fn\.to_", ".local.qkv."),
+        (r"\.iasa_attn\.proj\.", ".proj."),
+        (r"\.conv1x1\.", ".out."),
+        (r"\.fn\.", "."),
+        (r"\.dwconv\.depthwise_conv\.0\.", ".dwconv."),
+    ]
+    out = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value.flatten(1) if name.endswith(".out.weight") else value
+    for i in range(len(model.blocks)):
+        if f"blocks.{i}.centres" in out:
+            out.setdefault(f"blocks.{i}.initialised", torch.tensor(True))
+    return out
+
+
+def _cfg(upscale: int, results: str) -> dict[str, Any]:
+    return super_resolution_cfg(
+        results,
+        url=f"https://github.com/EquationWalker/CATANet/releases/download/v0.0/x{upscale}.pth",
+        min_input_size=(3, 15, 15),
+        paper_ids="arXiv:2503.06896",
+        paper_name="CATANet: Efficient Content-Aware Token Aggregation for Lightweight Image "
+        "Super-Resolution",
+        origin_url="https://github.com/EquationWalker/CATANet",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "catanet_x2.div2k": _cfg(2, "38.28/.9617 33.99/.9217 32.37/.9023 33.09/.9372 39.37/.9784"),
+        "catanet_x3.div2k": _cfg(3, "34.75/.9300 30.67/.8481 29.28/.8101 29.04/.8689 34.40/.9499"),
+        "catanet_x4.div2k": _cfg(4, "32.58/.8998 28.90/.7880 27.75/.7427 26.87/.8081 31.31/.9183"),
+    }
+)
+
+
+def _create_catanet(variant: str, pretrained: bool = False, **kwargs: Any) -> CATANet:
+    # The files are called "x2.pth" and so on: without a folder each, others' could be taken for them.
+    cache_dir = os.path.join(torch.hub.get_dir(), "checkpoints", variant)
+    return build_restoration(
+        CATANet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        cache_dir=kwargs.pop("cache_dir", None) or cache_dir,
+        **kwargs,
+    )
+
+
+@register_model
+def catanet_x2(pretrained: bool = False, **kwargs: Any) -> CATANet:
+    """CATANet x2: 0.48 M parameters."""
+    return _create_catanet("catanet_x2", pretrained, **{"upscale": 2, **kwargs})
+
+
+@register_model
+def catanet_x3(pretrained: bool = False, **kwargs: Any) -> CATANet:
+    """CATANet x3: 0.55 M parameters."""
+    return _create_catanet("catanet_x3", pretrained, **{"upscale": 3, **kwargs})
+
+
+@register_model
+def catanet_x4(pretrained: bool = False, **kwargs: Any) -> CATANet:
+    """CATANet x4: 0.54 M parameters."""
+    return _create_catanet("catanet_x4", pretrained, **{"upscale": 4, **kwargs})

@@ -1,0 +1,407 @@
+"""CRAFT: light super-resolution that refines a global by a high-frequency representation.
+
+Paper: "Feature Modulation Transformer: Cross-Refinement of Global Representation via High-Frequency Prior for
+Image Super-Resolution", ICCV 2023, https://arxiv.org/abs/2308.05022. Official code and weights:
+https://github.com/AVC2-UESTC/CRAFT-SR (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..layers.layout import mirror_index, on_nhwc
+from ..layers.precision import at_least_float32, without_autocast
+from ..layers.rectangle_window import RectangleWindowAttention
+from ..layers.residual_group import ResidualGroup
+from ._restoration import (
+    DIV2K_MEAN,
+    RestorationInfo,
+    build_restoration,
+    check_size,
+    super_resolution_cfg,
+)
+
+__all__ = ["CRAFT"]
+
+
+class WindowBlock(nn.Module):
+    """Attention in rectangle windows, then an MLP, on `[B, H, W, C]` (SRWAB).
+
+    Shifted windows attend across the border of the image, which is a torus to them: the official code has a
+    mask for that but never makes it, and its weights were trained so.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        split_size: tuple[int, int],
+        shifted: bool,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = RectangleWindowAttention(dim, num_heads, split_size, shifted, False, qkv_bias, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class HighFrequencyBlock(nn.Module):
+    """Half of the channels through a convolution, half through a maximum filter (HFERB); `[B, H, W, C]`."""
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        half = dim // 2
+        self.conv = nn.Conv2d(half, half, 3, padding=1, **dd)
+        self.pool = nn.MaxPool2d(3, stride=1, padding=1)
+        self.fc = nn.Linear(half, half, **dd)
+        self.last_fc = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        local, peaks = x.chunk(2, -1)
+        both = torch.cat((on_nhwc(self.conv, local), self.fc(on_nhwc(self.pool, peaks))), -1)
+        return x + self.last_fc(F.gelu(both))
+
+
+class ChannelAttention(nn.Module):
+    """Attention among channels: queries from the high frequencies, keys and values from the low ones.
+
+    Queries and keys have length 1 over all positions of the image, so that every pixel depends on all others.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1, **dd))
+        self.q = nn.Linear(dim, dim, bias=False, **dd)
+        self.q_dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False, **dd)
+        self.kv_dwconv = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim, bias=False, **dd)
+        self.proj = nn.Linear(dim, dim, bias=False, **dd)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        """`[B, H, W, C]` twice to `[B, H, W, C]`."""
+        q = on_nhwc(self.q_dwconv, self.q(high)).flatten(1, 2)
+        k, v = on_nhwc(self.kv_dwconv, self.kv(low)).flatten(1, 2).chunk(2, -1)
+        weights = self._weights(q, k).to(v.dtype)
+        out = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) @ weights.mT
+        return self.proj(out.transpose(1, 2).reshape(low.shape))
+
+    def _weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Softmax weights `[B, heads, d, d]` of `[B, N, C]`; sums over an image need float32."""
+        with without_autocast(q):
+            q, k = (
+                F.normalize(at_least_float32(t), dim=1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for t in (q, k)
+            )
+            return (q.mT @ k * self.temperature).softmax(-1)
+
+
+class GatedMlp(nn.Module):
+    """An MLP with a depthwise convolution, one half of whose output gates the other, on `[B, H, W, C]`."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim, bias=False, **dd)
+        self.dwconv = nn.Conv2d(
+            2 * hidden_dim, 2 * hidden_dim, 3, padding=1, groups=2 * hidden_dim, bias=False, **dd
+        )
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, x = on_nhwc(self.dwconv, self.fc1(x)).chunk(2, -1)
+        return self.fc2(F.gelu(gate) * x)
+
+
+class FusionBlock(nn.Module):
+    """The low frequencies, refined by channel attention to the high ones, then an MLP (HFB)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = ChannelAttention(dim, num_heads, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = GatedMlp(dim, int(dim * 2.66), **dd)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        """`[B, H, W, C]` twice to `[B, H, W, C]`."""
+        x = low + self.attn(self.norm1(low), high)
+        return x + self.mlp(self.norm2(x))
+
+
+class Block(nn.Module):
+    """Low frequencies from two window blocks, high ones from their own block, both fused; `[B, H, W, C]`."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        split_size: tuple[int, int],
+        mlp_ratio: float,
+        qkv_bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.low = nn.Sequential(
+            *(
+                WindowBlock(dim, num_heads, split_size, shifted, mlp_ratio, qkv_bias, **dd)
+                for shifted in (False, True)
+            )
+        )
+        self.high = HighFrequencyBlock(dim, **dd)
+        self.fuse = FusionBlock(dim, num_heads, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fuse(self.low(x), self.high(x))
+
+
+class CRAFT(nn.Module):
+    """CRAFT for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
+
+    Images are filled up on the right and bottom by their mirror image, edge pixels repeated, to a multiple of
+    the longer side of the windows, and the output is cropped. Channel attention depends on the whole
+    filled-up image: tiles and other paddings give other numbers.
+
+    Args:
+        in_chans: image channels; the mean colour is subtracted for 3 only.
+        upscale: a positive factor.
+        embed_dim: channels of the body.
+        depths: blocks per group.
+        num_heads: attention heads.
+        split_size: (height, width) of the first half of the heads' windows, transposed for the other half.
+        mlp_ratio: hidden width of the window blocks' MLPs as a multiple of `embed_dim`.
+        qkv_bias: bias of the query, key and value projections in windows.
+        img_range: factor on the image before the network, undone after it.
+        pad: `"needed"` fills up sides that are no multiple; `"always"` adds a whole block to those that are,
+            too, as the script that gave the published results does.
+
+    Attributes:
+        info: what tools need to know to run it.
+
+    Raises:
+        ValueError: an unknown `pad`, or heads that are odd or do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        upscale: int = 4,
+        embed_dim: int = 48,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: int = 6,
+        split_size: tuple[int, int] = (4, 16),
+        mlp_ratio: float = 2.0,
+        qkv_bias: bool = True,
+        img_range: float = 1.0,
+        pad: Literal["needed", "always"] = "needed",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if pad not in ("needed", "always"):
+            raise ValueError(f"pad must be 'needed' or 'always', got {pad!r}")
+        self.in_chans = in_chans
+        self.num_classes = 0
+        self.num_features = embed_dim
+        self.img_range = img_range
+        self.pad = pad
+        self.mean = DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
+        self.info = RestorationInfo(
+            task="super-resolution",
+            upscale=upscale,
+            channels=in_chans,
+            size_multiple=max(split_size),
+            exact_tiling=False,
+            half_safe=False,
+        )
+        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
+        layers = []
+        for depth in depths:
+            blocks = [
+                Block(embed_dim, num_heads, split_size, mlp_ratio, qkv_bias, **dd) for _ in range(depth)
+            ]
+            layers.append(ResidualGroup(embed_dim, blocks, **dd))
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
+        self.upsample = nn.Sequential(
+            nn.Conv2d(embed_dim, upscale**2 * in_chans, 3, padding=1, **dd), nn.PixelShuffle(upscale)
+        )
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones."""
+        return {name for name, _ in self.named_parameters() if name.endswith("temperature")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers for layer-wise decay."""
+        blocks = r"^layers\.(\d+)"
+        fine = [
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^layers\.(\d+)\.conv", (1000,)),
+            (r"^(?:norm|conv_after_body|upsample)", (99999,)),
+        ]
+        return {"stem": r"^conv_first", "blocks": blocks if coarse else fine}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing what they hold."""
+        for module in self.modules():
+            if isinstance(module, ResidualGroup):
+                module.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`.
+
+        Sides must be multiples of `info.size_multiple` for the official numbers.
+        """
+        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
+        y = self.norm(self.layers(first.permute(0, 2, 3, 1)))
+        return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+
+        Raises:
+            ValueError: an image without pixels.
+        """
+        check_size(x, self.info.min_size)
+        height, width = x.shape[-2:]
+        multiple, mean = self.info.size_multiple, x.new_tensor(self.mean).view(1, -1, 1, 1)
+        for dim, side in ((2, height), (3, width)):
+            blocks = -(-side // multiple) if self.pad == "needed" else side // multiple + 1
+            if blocks * multiple > side:
+                x = x.index_select(dim, mirror_index(side, blocks * multiple, x.device))
+        x = self.upsample(self.forward_features((x - mean) * self.img_range)) / self.img_range + mean
+        return x[..., : height * self.info.upscale, : width * self.info.upscale]
+
+
+def _init_weights(module: nn.Module) -> None:
+    # Elsewhere linear layers stand for the official 1x1 convolutions and keep their initialisation.
+    if isinstance(module, WindowBlock):
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: CRAFT) -> dict[str, Tensor]:
+    """Rename the official parameters to ours; our own names pass unchanged.
+
+    Window blocks stand in pairs inside the block that fuses them; 1x1 convolutions are linear layers; stored
+    offsets and indices are left out, because they are functions of sizes.
+    """
+    for wrapper in ("params_ema", "params"):
+        state_dict = state_dict.get(wrapper, state_dict)
+    renames = [
+        (r"\.residual_group\.hfer_blocks\.(\d+)\.", r".blocks.\1.high."),
+        (r"\.residual_group\.hf_blocks\.(\d+)\.", r".blocks.\1.fuse."),
+        (r"\.get_v\.", ".attn.lepe."),
+        (r"\.attns\.(\d)\.pos\.", r".attn.position_bias.\1."),
+        (r"\.low\.(\d)\.(qkv|proj)\.", r".low.\1.attn.\2."),
+        (r"(norm\d?)\.body\.", r"\1."),
+        (r"\.attn\.project_out\.", ".attn.proj."),
+        (r"\.ffn\.project_in\.", ".mlp.fc1."),
+        (r"\.ffn\.dwconv\.", ".mlp.dwconv."),
+        (r"\.ffn\.project_out\.", ".mlp.fc2."),
+    ]
+    linears = re.compile(r"\.(?:fuse\.attn\.(?:q|kv|proj)|mlp\.fc[12]|high\.(?:fc|last_fc))\.weight$")
+    out = {}
+    for name, value in state_dict.items():
+        if name.startswith(("relative_position_index_", "biases_")):
+            continue
+        name = re.sub(r"\.residual_group\.srwa_blocks\.(\d+)\.", _window_block, name)
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value.flatten(1) if linears.search(name) else value
+    return out
+
+
+def _window_block(match: re.Match[str]) -> str:
+    block, place = divmod(int(match[1]), 2)
+    return f".blocks.{block}.low.{place}."
+
+
+def _cfg(results: str) -> dict[str, Any]:
+    return super_resolution_cfg(
+        results,
+        min_input_size=(3, 1, 1),
+        paper_ids="arXiv:2308.05022",
+        paper_name="Feature Modulation Transformer: Cross-Refinement of Global Representation via "
+        "High-Frequency Prior for Image Super-Resolution",
+        origin_url="https://github.com/AVC2-UESTC/CRAFT-SR",
+        description="weights: https://drive.google.com/file/d/13wAmc93BPeBUBQ24zUZOuUpdBFG2aAY5",
+    )
+
+
+# The authors share an archive, from which nothing can be loaded directly.
+default_cfgs = generate_default_cfgs(
+    {
+        "craft_x2.div2k": _cfg("38.23/.9615 33.92/.9211 32.33/.9016 32.86/.9343 39.39/.9786"),
+        "craft_x3.div2k": _cfg("34.71/.9295 30.61/.8469 29.24/.8093 28.77/.8635 34.29/.9491"),
+        "craft_x4.div2k": _cfg("32.52/.8989 28.85/.7872 27.72/.7418 26.56/.7995 31.18/.9168"),
+    }
+)
+
+
+def _create_craft(variant: str, pretrained: bool = False, **kwargs: Any) -> CRAFT:
+    return build_restoration(CRAFT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def craft_x2(pretrained: bool = False, **kwargs: Any) -> CRAFT:
+    """CRAFT x2: 0.74 M parameters."""
+    return _create_craft("craft_x2", pretrained, **{"upscale": 2, **kwargs})
+
+
+@register_model
+def craft_x3(pretrained: bool = False, **kwargs: Any) -> CRAFT:
+    """CRAFT x3: 0.74 M parameters."""
+    return _create_craft("craft_x3", pretrained, **{"upscale": 3, **kwargs})
+
+
+@register_model
+def craft_x4(pretrained: bool = False, **kwargs: Any) -> CRAFT:
+    """CRAFT x4: 0.75 M parameters, 3.5 GMACs for a 64x64 input."""
+    return _create_craft("craft_x4", pretrained, **{"upscale": 4, **kwargs})

@@ -1,0 +1,373 @@
+"""RGT: super-resolution by rectangle windows and cross-attention to a recursively shrunken map.
+
+Paper: "Recursive Generalization Transformer for Image Super-Resolution", ICLR 2024,
+https://arxiv.org/abs/2303.06373. Official code and weights: https://github.com/zhengchen1999/RGT
+(Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..layers.layout import on_nhwc
+from ..layers.rectangle_window import RectangleWindowAttention
+from ..layers.residual_group import ResidualGroup
+from ._restoration import (
+    DIV2K_MEAN,
+    RestorationInfo,
+    build_restoration,
+    check_size,
+    super_resolution_cfg,
+    upsampler,
+)
+
+__all__ = ["RGT"]
+
+# The recursion must leave a pixel after two reductions by 4.
+_MIN_SIZE = 16
+
+
+class RecursiveGeneralizationAttention(nn.Module):
+    """Cross-attention of all pixels to a small map, which one strided convolution makes recursively (RG-SA).
+
+    The convolution shrinks by 4 and is applied until the longer side is below 64 pixels, at least twice, and
+    in training until it is below 16. The official code shrinks an elongated map (one side from 1024, the
+    other below 64) to nothing and fails; here the shorter side keeps at least a pixel.
+
+    Args:
+        dim: channels of queries and values.
+        num_heads: attention heads.
+        c_ratio: channels of queries and keys as a fraction of `dim`.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        c_ratio: float = 0.5,
+        qkv_bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        reduced = int(dim * c_ratio)
+        self.num_heads = num_heads
+        self.reduction = nn.Conv2d(dim, dim, 4, stride=4, groups=dim, **dd)
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.conv = nn.Linear(dim, reduced, **dd)
+        self.norm = nn.LayerNorm(reduced, **dd)
+        self.q = nn.Linear(dim, reduced, bias=qkv_bias, **dd)
+        self.k = nn.Linear(reduced, reduced, bias=qkv_bias, **dd)
+        self.v = nn.Linear(reduced, dim, bias=qkv_bias, **dd)
+        self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        small = x
+        for _ in range(_reductions(x.shape[1], x.shape[2], self.training)):
+            small = on_nhwc(self.reduction, small)
+        small = F.gelu(self.norm(self.conv(on_nhwc(self.dwconv, small))))
+        v = self.v(small)
+        q, k, v = (
+            t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for t in (self.q(x), self.k(small), v + on_nhwc(self.cpe, v))
+        )
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class GatedMlp(nn.Module):
+    """An MLP whose hidden half is gated by a depthwise convolution of the other, normalised half."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        half = hidden_dim // 2
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.norm = nn.LayerNorm(half, **dd)
+        self.conv = nn.Conv2d(half, half, 3, padding=1, groups=half, **dd)
+        self.fc2 = nn.Linear(half, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        x, gate = F.gelu(self.fc1(x)).chunk(2, -1)
+        return self.fc2(x * on_nhwc(self.conv, self.norm(gate)))
+
+
+class Block(nn.Module):
+    """Attention and MLP on `[B, H, W, C]`, then the scaled input of the whole block (HAI)."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = GatedMlp(dim, int(dim * mlp_ratio), **dd)
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-4, **dd))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.drop_path(self.attn(self.norm1(x)))
+        y = y + self.drop_path(self.mlp(self.norm2(y)))
+        return y + self.gamma * x
+
+
+class RGT(nn.Module):
+    """RGT for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
+
+    Any size from 16 pixels a side works without padding the image. Every second block attends to the whole
+    image: tiles give other numbers.
+
+    Args:
+        in_chans: image channels; the mean colour is subtracted for 3 only.
+        upscale: 2, 3, 4 or 8.
+        embed_dim: channels of the body.
+        depths: blocks per group; even ones attend in windows, odd ones to the shrunken map.
+        num_heads: attention heads.
+        split_size: (height, width) of the first half of the heads' windows, transposed for the other half.
+        c_ratio: channels of queries and keys in the cross-attention as a fraction of `embed_dim`.
+        mlp_ratio: hidden width of the MLPs as a multiple of `embed_dim`.
+        qkv_bias: bias of the query, key and value projections.
+        img_range: factor on the image before the network, undone after it.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 (0.1 in official
+            training).
+
+    Attributes:
+        info: what tools need to know to run it.
+
+    Raises:
+        ValueError: an `upscale` without an upsampler, or heads that are odd or do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        upscale: int = 4,
+        embed_dim: int = 180,
+        depths: Sequence[int] = (6, 6, 6, 6, 6, 6, 6, 6),
+        num_heads: int = 6,
+        split_size: tuple[int, int] = (8, 32),
+        c_ratio: float = 0.5,
+        mlp_ratio: float = 2.0,
+        qkv_bias: bool = True,
+        img_range: float = 1.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.num_classes = 0
+        self.num_features = embed_dim
+        self.img_range = img_range
+        self.mean = DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
+        self.info = RestorationInfo(
+            task="super-resolution",
+            upscale=upscale,
+            channels=in_chans,
+            min_size=_MIN_SIZE,
+            exact_tiling=False,
+            half_safe=False,
+        )
+
+        def attention(group: int, block: int) -> nn.Module:
+            if block % 2:
+                return RecursiveGeneralizationAttention(embed_dim, num_heads, c_ratio, qkv_bias, **dd)
+            # Every second window attention shifts: blocks 2, 6, ... of even groups, 0, 4, ... of odd ones.
+            shifted = block % 4 == (0 if group % 2 else 2)
+            return RectangleWindowAttention(
+                embed_dim, num_heads, split_size, shifted, qkv_bias=qkv_bias, **dd
+            )
+
+        total = sum(depths)
+        rates = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        layers = []
+        for group, depth in enumerate(depths):
+            blocks = [
+                Block(embed_dim, attention(group, i), mlp_ratio, next(rates), **dd) for i in range(depth)
+            ]
+            layers.append(ResidualGroup(embed_dim, blocks, **dd))
+
+        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
+        self.embed_norm = nn.LayerNorm(embed_dim, **dd)
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
+        self.conv_before_upsample = nn.Sequential(
+            nn.Conv2d(embed_dim, 64, 3, padding=1, **dd), nn.LeakyReLU()
+        )
+        self.upsample = upsampler(64, upscale, dd)
+        self.conv_last = nn.Conv2d(64, in_chans, 3, padding=1, **dd)
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers for layer-wise decay."""
+        blocks = r"^layers\.(\d+)"
+        fine = [
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^layers\.(\d+)\.conv", (1000,)),
+            (r"^(?:norm|conv_after_body|conv_before_upsample|upsample|conv_last)", (99999,)),
+        ]
+        return {"stem": r"^(?:conv_first|embed_norm)", "blocks": blocks if coarse else fine}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing what they hold."""
+        for module in self.modules():
+            if isinstance(module, ResidualGroup):
+                module.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`."""
+        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
+        y = self.norm(self.layers(self.embed_norm(first.permute(0, 2, 3, 1))))
+        return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+
+        Raises:
+            ValueError: a side below 16 pixels.
+        """
+        check_size(x, _MIN_SIZE)
+        mean = x.new_tensor(self.mean).view(1, -1, 1, 1)
+        x = self.forward_features((x - mean) * self.img_range)
+        x = self.conv_last(self.upsample(self.conv_before_upsample(x)))
+        return x / self.img_range + mean
+
+
+def _reductions(height: int, width: int, training: bool) -> int:
+    """How often a map is shrunk by 4: `floor(log4(longer side / unit))`, see RG-SA."""
+    unit, times = (4, 0) if training else (16, 2)
+    while unit * 4 ** (times + 1) <= max(height, width) and 4 ** (times + 1) <= min(height, width):
+        times += 1
+    return times
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: RGT) -> dict[str, Tensor]:
+    """Rename the official parameters to ours; our own names pass unchanged.
+
+    Stored offsets, indices and masks are left out: they are functions of sizes.
+    """
+    state_dict = state_dict.get("params", state_dict)
+    renames = (
+        ("before_RG.1.", "embed_norm."),
+        (".attn.get_v.", ".attn.lepe."),
+        (".pos.", "."),
+        (".attn.attns.", ".attn.position_bias."),
+        (".attn.reduction1.", ".attn.reduction."),
+        (".attn.norm_act.0.", ".attn.norm."),
+        (".mlp.sg.", ".mlp."),
+    )
+    buffers = ("rpe_biases", "relative_position_index", "attn_mask_0", "attn_mask_1")
+    out = {}
+    for name, value in state_dict.items():
+        if name.endswith(buffers):
+            continue
+        for official, ours in renames:
+            name = name.replace(official, ours)
+        # The official 1x1 convolution.
+        out[name] = value.flatten(1) if name.endswith(".attn.conv.weight") else value
+    return out
+
+
+def _cfg(results: str) -> dict[str, Any]:
+    return super_resolution_cfg(
+        results,
+        min_input_size=(3, _MIN_SIZE, _MIN_SIZE),
+        paper_ids="arXiv:2303.06373",
+        paper_name="Recursive Generalization Transformer for Image Super-Resolution",
+        origin_url="https://github.com/zhengchen1999/RGT",
+        description="weights: https://drive.google.com/drive/folders/1UNn5LvnfQAi6eHAHz-mTYWu8vCJs5kwu",
+    )
+
+
+# The authors share a folder, from which nothing can be loaded directly.
+default_cfgs = generate_default_cfgs(
+    {
+        "rgt_s_x2.df2k": _cfg("38.56/.9627 34.77/.9270 32.59/.9050 34.32/.9457 40.18/.9805"),
+        "rgt_s_x3.df2k": _cfg("35.11/.9328 31.05/.8548 29.53/.8164 30.18/.8884 35.39/.9548"),
+        "rgt_s_x4.df2k": _cfg("32.98/.9047 29.18/.7966 27.98/.7509 27.89/.8347 32.38/.9281"),
+        "rgt_x2.df2k": _cfg("38.59/.9628 34.83/.9272 32.62/.9050 34.47/.9467 40.34/.9808"),
+        "rgt_x3.df2k": _cfg("35.15/.9329 31.13/.8550 29.55/.8165 30.28/.8899 35.55/.9553"),
+        "rgt_x4.df2k": _cfg("33.12/.9060 29.23/.7972 28.00/.7513 27.98/.8369 32.50/.9291"),
+    }
+)
+
+
+def _create_rgt(variant: str, pretrained: bool = False, **kwargs: Any) -> RGT:
+    return build_restoration(RGT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+_RGT_S: dict[str, Any] = {"depths": (6,) * 6}
+
+
+@register_model
+def rgt_s_x2(pretrained: bool = False, **kwargs: Any) -> RGT:
+    """RGT-S x2: 10.1 M parameters."""
+    return _create_rgt("rgt_s_x2", pretrained, **{**_RGT_S, "upscale": 2, **kwargs})
+
+
+@register_model
+def rgt_s_x3(pretrained: bool = False, **kwargs: Any) -> RGT:
+    """RGT-S x3: 10.2 M parameters."""
+    return _create_rgt("rgt_s_x3", pretrained, **{**_RGT_S, "upscale": 3, **kwargs})
+
+
+@register_model
+def rgt_s_x4(pretrained: bool = False, **kwargs: Any) -> RGT:
+    """RGT-S x4: 10.2 M parameters, 46.9 GMACs for a 64x64 input."""
+    return _create_rgt("rgt_s_x4", pretrained, **{**_RGT_S, "upscale": 4, **kwargs})
+
+
+@register_model
+def rgt_x2(pretrained: bool = False, **kwargs: Any) -> RGT:
+    """RGT x2: 13.2 M parameters."""
+    return _create_rgt("rgt_x2", pretrained, **{"upscale": 2, **kwargs})
+
+
+@register_model
+def rgt_x3(pretrained: bool = False, **kwargs: Any) -> RGT:
+    """RGT x3: 13.4 M parameters."""
+    return _create_rgt("rgt_x3", pretrained, **{"upscale": 3, **kwargs})
+
+
+@register_model
+def rgt_x4(pretrained: bool = False, **kwargs: Any) -> RGT:
+    """RGT x4: 13.4 M parameters, 61.0 GMACs for a 64x64 input."""
+    return _create_rgt("rgt_x4", pretrained, **{"upscale": 4, **kwargs})
