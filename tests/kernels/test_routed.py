@@ -207,6 +207,7 @@ class Routed(torch.nn.Module):
         return routed_attention(q, k, v, topk_regions(q, k, 3, 2), 3, distinct=self.distinct)
 
 
+@pytest.mark.slow  # half a minute each: sizes as symbols make for long expressions
 @pytest.mark.parametrize("distinct", [True, False])
 def test_compile_with_dynamic_shapes(distinct: bool):
     torch.compiler.reset()

@@ -23,6 +23,6 @@ def run_tool(
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(TOOLS / tool), run_name="__main__")
         printed = capsys.readouterr()
-        return ended.value.code, printed.out, printed.err
+        return ended.value.code or 0, printed.out, printed.err
 
     return run
