@@ -1,4 +1,4 @@
-"""Linear and agent attention: the PyTorch paths against the formulas, derivatives, tracing, and bad arguments."""
+"""Linear and agent attention: the PyTorch paths against the formulas, derivatives, tracing, bad arguments."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_means_in_place_of_sums_are_a_scale():
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_a_float32_state(form, dtype):
-    """Nothing beyond the rounding of inputs and output, though the sums reach values that half cannot hold."""
+    """Nothing is lost but the rounding of inputs and output, though sums grow beyond what half holds."""
     inputs = packed((1, 96, 96, 1, 16), dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         out = linear_attention(*inputs, **form)

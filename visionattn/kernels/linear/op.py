@@ -1,7 +1,7 @@
 """The public linear and agent attention functions: argument checks and the choice of the implementation.
 
-All tensors are heads-last `[B, H, W, heads, head_dim]` and may be strided views of a packed projection. No pixel's
-place matters but through a bias, so a sequence of tokens is a map of height 1.
+All tensors are heads-last `[B, H, W, heads, head_dim]` and may be strided views of a packed projection. The place
+of a pixel matters through a bias only, so a sequence of tokens is a map of height 1.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def linear_attention(
       conditioned than the published subtraction;
     - `"none"`: `w_ij`.
 
-    A feature map is applied to q and k by the caller. Sums run in float32 for half-precision inputs, also under
-    autocast.
+    A feature map is applied to q and k by the caller. Sums run in float32 for half-precision inputs, under
+    autocast too.
 
     Args:
         q: queries `[B, H, W, heads, d]`.
@@ -90,7 +90,8 @@ def agent_attention(
         k: keys, as q.
         v: values, as q.
         bias_in: added to the logits of the agents over the pixels, `[heads, n, H * W]`, with gradient.
-        bias_out: added to the logits of the pixels over the agents, `[heads, H * W, n]`, with gradient.
+        bias_out: added to the logits of the pixels over the agents, `[heads, H * W, n]`, with gradient;
+            fastest as a transposed view of `[heads, n, H * W]`.
         scale: multiplies the products, not the biases; `d ** -0.5` by default.
 
     Returns:
