@@ -1,7 +1,7 @@
 """The public linear and agent attention functions: argument checks and the choice of the implementation.
 
-All tensors are heads-last `[B, H, W, heads, head_dim]` and may be strided views of a packed projection. The place
-of a pixel matters through a bias only, so a sequence of tokens is a map of height 1.
+All tensors are heads-last `[B, H, W, heads, head_dim]` and may be strided views of a packed projection. The
+place of a pixel matters through a bias only, so a sequence of tokens is a map of height 1.
 """
 
 from __future__ import annotations

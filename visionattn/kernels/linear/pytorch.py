@@ -13,7 +13,8 @@ def linear_attention(
 ) -> Tensor:
     """One reduction over keys and values, one pass over queries; arguments as in `op.py`."""
     height, width = q.shape[1:3]
-    # Sums over ten thousand pixels lose what half precision cannot hold: the state is float32, autocast or not.
+    # Sums over ten thousand pixels lose what half precision cannot hold: the state is float32, autocast or
+    # not.
     precision = torch.float32 if v.dtype in (torch.float16, torch.bfloat16) else v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v_ = (_by_head(x).to(precision) for x in (q, k, v))
