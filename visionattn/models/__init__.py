@@ -6,6 +6,7 @@ from ._hosts import PVT, CSwin, Swin
 from ._restoration import RestorationInfo
 from .biformer import BiFormer
 from .hat import HAT
+from .l2vit import L2ViT
 
 __all__ = [
     "HAT",
@@ -13,6 +14,7 @@ __all__ = [
     "BiFormer",
     "CSwin",
     "DeiT",
+    "L2ViT",
     "RestorationInfo",
     "Swin",
     "agent_attention",
