@@ -340,7 +340,9 @@ class CSwin(Pyramid):
         last = len(depths) - 1
         stages = []
         for i, depth in enumerate(depths):
-            dim, size = embed_dim * 2**i, (-(-height // (4 * 2**i)), -(-width // (4 * 2**i)))
+            dim = embed_dim * 2**i
+            # The stem's convolution rounds to the nearest quarter, the others round up.
+            size = (-(-((height + 1) // 4) // 2**i), -(-((width + 1) // 4) // 2**i))
             blocks = []
             for j in range(depth):
                 if j < global_blocks[i]:

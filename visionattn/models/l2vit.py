@@ -1,7 +1,7 @@
 """L2ViT: local window attention and global linear attention in turn.
 
-Paper: "The Linear Attention Resurrection in Vision Transformer", https://arxiv.org/abs/2501.16182. Official code
-and weights: https://github.com/ChuanyangZheng/L2ViT (MIT).
+Paper: "The Linear Attention Resurrection in Vision Transformer", https://arxiv.org/abs/2501.16182. Official
+code and weights: https://github.com/ChuanyangZheng/L2ViT (MIT).
 """
 
 from __future__ import annotations
