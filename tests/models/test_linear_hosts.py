@@ -14,7 +14,7 @@ import visionattn
 from visionattn.layers import AgentAttention2d, InLineAttention2d, WindowAttention2d
 from visionattn.models._hosts import StripeAttention
 
-DEIT: dict[str, Any] = {"embed_dim": 48, "num_heads": 2, "depth": 2}
+DEIT: dict[str, Any] = {"embed_dim": 48, "num_heads": 2, "depth": 3}
 PVT: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}
 SWIN: dict[str, Any] = {"depths": (2, 2, 2, 2), "embed_dim": 16, "num_heads": (1, 2, 4, 4)}
 CSWIN: dict[str, Any] = {"depths": (1, 1, 2, 1), "embed_dim": 16, "num_heads": (2, 2, 4, 4)}

@@ -133,9 +133,8 @@ class DeiT(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self._set_pool(global_pool)
-        like = self.pos_embed
-        head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-        self.head = head if num_classes else nn.Identity()
+        dd: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes else nn.Identity()
         self.head.apply(init_linear)
 
     def forward_intermediates(
