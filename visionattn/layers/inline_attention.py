@@ -57,13 +57,28 @@ class InLineAttention2d(nn.Module):
         q, k, v = (t.unflatten(-1, (self.num_heads, -1))[:, None] for t in qkv.chunk(3, -1))
         out = linear_attention(q, k, v, normalize="injective").flatten(3).squeeze(1)
         values = qkv[:, prefix:].chunk(3, -1)[2].unflatten(1, size)
-        kernels = self.residual((tokens.mean(1) if mean is None else mean)[..., None])
-        local = _convolve_each(values, kernels.squeeze(-1).unflatten(1, (-1, 3, 3)))
+        kernels = self._kernels(tokens.mean(1) if mean is None else mean)
+        local = _convolve_each(values, kernels)
         if self.dwc is not None:
             local = local + convolve(self.dwc, values)
         local = local.flatten(1, 2)
         out = torch.cat([out[:, :prefix], out[:, prefix:] + local], 1) if prefix else out + local
         return self.proj(out).view_as(x)
+
+    def _kernels(self, mean: Tensor) -> Tensor:
+        """Kernels `[B, C, 3, 3]` that are predicted from `[B, C]`."""
+        for layer in self.residual:
+            mean = _grouped(layer, mean) if isinstance(layer, nn.Conv1d) else layer(mean)
+        return mean.unflatten(1, (-1, 3, 3))
+
+
+def _grouped(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """A grouped convolution of one position `[B, C]`, as products: no CPU has a fast convolution for it."""
+    groups = conv.groups
+    weight = conv.weight.unflatten(0, (groups, -1)).squeeze(-1)
+    out = x.unflatten(1, (groups, -1)).transpose(0, 1) @ weight.transpose(1, 2)
+    out = out.transpose(0, 1).flatten(1)
+    return out if conv.bias is None else out + conv.bias
 
 
 def _convolve_each(x: Tensor, kernels: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class LinearAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        out = linear_attention(q.relu(), k.relu(), v, scale=1.0, eps=0.0, floor=self.floor)
+        qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split([2, 1], 3)
+        q, k = qk.relu().unbind(3)
+        out = linear_attention(q, k, v.squeeze(3), scale=1.0, eps=0.0, floor=self.floor)
         return self.proj((out * self.temperature[..., 0]).flatten(3))
