@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,8 +27,8 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
         topk: regions per list, at most the number of regions.
 
     Returns:
-        `[B, 1, regions, min(topk, regions)]` int32, best first, ties by the lowest index; regions in row-major
-        order.
+        `[B, 1, regions, min(topk, regions)]` int32, best first, ties by the lowest index; regions in
+        row-major order.
 
     Raises:
         ValueError: shapes differ, or region_size or topk is not positive.
@@ -39,7 +41,9 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
     if topk < 1:
         raise ValueError(f"topk_regions: topk must be at least 1, got {topk}")
     region = pair("region_size", region_size)
-    with torch.autocast(q.device.type, enabled=False):
+    # Autocast has no state for some devices, "meta" among them.
+    known = torch.amp.is_autocast_available(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if known else nullcontext():
         query, key = region_means(q, region), region_means(k, region)
         affinity = query @ key.transpose(1, 2)
     # torch.topk leaves the order of ties open; a stable sort does not.
