@@ -189,6 +189,13 @@ def test_patch_tokens_of_deit():
         torch.testing.assert_close(features.flatten(2).transpose(1, 2), tokens[:, 1:])
         torch.testing.assert_close(cls, final[:, :1])
         assert net.forward_head(tokens, pre_logits=True).shape == (2, 48)
+        for pool in ("avg", "max", "avgmax"):
+            net.reset_classifier(5, pool)
+            assert net(image).shape == (2, 5)
+        net.reset_classifier(0, "")
+        torch.testing.assert_close(net(image), tokens)
+    with pytest.raises(ValueError, match="choose one of"):
+        net.reset_classifier(5, "mean")
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -207,3 +214,9 @@ def test_checkpointed_blocks_give_the_same_gradients(name):
     plain = gradients()
     net.set_grad_checkpointing()
     torch.testing.assert_close(gradients(), plain)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_without_data(name):
+    net = build(name, device="meta")
+    assert net(torch.empty(1, 3, 64, 96, device="meta")).shape == (1, 7)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import global_pool_nlc, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -51,8 +51,8 @@ class DeiT(nn.Module):
         patch_size: side of a patch in pixels.
         in_chans: input channels.
         num_classes: classes; 0 for no classifier.
-        global_pool: what the classifier sees: `"token"`, the class token; `"avg"`, the mean of the others;
-            `""`, all tokens.
+        global_pool: what the classifier sees: `"token"`, the class token; `"avg"`, `"max"` or `"avgmax"`
+            of the others; `""`, all tokens.
         embed_dim: channels.
         depth: blocks.
         num_heads: attention heads.
@@ -85,7 +85,7 @@ class DeiT(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.patch_size = patch_size
+        self.patch_size = self.min_size = patch_size
         self.size = (height // patch_size, width // patch_size)
         self.grad_checkpointing = False
         self.feature_info = [
@@ -205,9 +205,7 @@ class DeiT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits `[B, num_classes]`, or with `pre_logits` to pooled features `[B, C]`."""
-        if self.global_pool:
-            x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1)
-        x = self.head_drop(x)
+        x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,12 +213,13 @@ class DeiT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def _set_pool(self, global_pool: str) -> None:
-        if global_pool not in ("token", "avg", ""):
-            raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}")
+        known = ("token", "avg", "max", "avgmax", "")
+        if global_pool not in known:
+            raise ValueError(f"global_pool={global_pool!r} is unknown; choose one of {known}")
         self.global_pool = global_pool
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
-        check_size(x, self.patch_size)
+        check_size(x, self.min_size)
         x = convolve(self.patch_embed, x.permute(0, 2, 3, 1))
         size = (x.shape[1], x.shape[2])
         pos = resize_tokens(self.pos_embed[:, 1:], self.size, size, "bicubic")

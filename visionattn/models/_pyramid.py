@@ -135,9 +135,9 @@ class Pyramid(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of storing what they hold."""
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """The final linear layer."""

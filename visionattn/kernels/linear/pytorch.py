@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dense import attend
+from ..precision import without_autocast
 
 
 def linear_attention(
@@ -16,7 +17,7 @@ def linear_attention(
     # Sums over ten thousand pixels lose what half precision cannot hold: the state is float32, autocast or
     # not.
     precision = torch.float32 if v.dtype in (torch.float16, torch.bfloat16) else v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         q, k, v_ = (_by_head(x).to(precision) for x in (q, k, v))
         out = _FORMS[normalize](q, k, v_, scale, eps, floor).to(v.dtype)
     return _to_map(out, height, width)

@@ -1,0 +1,14 @@
+"""Precision that does not depend on the autocast state of the caller."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A `with` block in which operations on the device of `x` keep the dtypes of their inputs."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
