@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.layers import AgentAttention2d, InLineAttention2d, WindowAttention2d
@@ -220,3 +221,18 @@ def test_checkpointed_blocks_give_the_same_gradients(name):
 def test_without_data(name):
     net = build(name, device="meta")
     assert net(torch.empty(1, 3, 64, 96, device="meta")).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    "name", ["agent_pvt_tiny", "agent_swin_tiny", "inline_pvt_tiny", "inline_swin_tiny", "l2vit_t"]
+)
+def test_operations_grow_linearly_with_the_number_of_pixels(name):
+    net = timm.create_model(name, num_classes=0, device="meta").eval()
+
+    def operations(side: int) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, 3, side, side, device="meta"))
+        return counter.get_total_flops()
+
+    # The prediction of InLine's local kernels does not grow at all.
+    assert operations(896) == pytest.approx(16 * operations(224), rel=0.01)
