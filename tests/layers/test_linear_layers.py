@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from visionattn.layers import AgentAttention2d, InLineAttention2d, LinearAttention2d, WindowAttention2d
@@ -130,6 +131,27 @@ def test_kept_biases_follow_the_weights(change, no_grad):
         after = net(x)
     assert (after - before).abs().max() > 1e-4
     torch.testing.assert_close(after, expected.detach())
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_kept_biases_follow_averaged_weights(foreach):
+    net, x = agents(), torch.randn(1, 9, 7, 16)
+    average = ModelEmaV3(net, decay=0.5, foreach=foreach)
+    with torch.no_grad():
+        before = average.module(x)
+    change_by_loading(net)
+    average.update(net)
+    expected = average.module.train()._resized_biases((9, 7))
+    average.module.eval()
+    with torch.no_grad():
+        average.module(x)
+    change_by_loading(net)
+    average.update(net)
+    with torch.no_grad():
+        after = average.module(x)
+        torch.testing.assert_close(after, average.module.train()(x))
+    assert (after - before).abs().max() > 1e-4
+    assert (expected[0] - average.module._resized_biases((9, 7))[0]).abs().max() > 1e-4
 
 
 def test_kept_biases_follow_the_size():

@@ -29,7 +29,8 @@ class AgentAttention2d(nn.Module):
     The position biases are learned for one map size, as a coarse table and one line per row and per column.
     For another size they are resized bilinearly, and so is the grid of agents where `agent_shape` asks for
     more of them: the authors' rule for detection and segmentation. In evaluation without gradients the
-    resized biases are kept until the weights, the size, or the mode change.
+    resized biases are kept until the weights, the size, or the mode change; only writing to `.data` goes
+    unnoticed.
 
     Args:
         dim: channels.
