@@ -31,12 +31,17 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
         row-major order.
 
     Raises:
-        ValueError: shapes differ, or region_size or topk is not positive.
+        ValueError: shapes differ, the maps are empty or of integers, or region_size or topk is not positive.
     """
     if q.dim() != 5 or q.shape != k.shape:
         raise ValueError(
             f"topk_regions: q and k must be [B, H, W, heads, head_dim] of one shape, got "
             f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if not torch.is_floating_point(q) or not all(q.shape[1:]):
+        raise ValueError(
+            f"topk_regions: q and k must be of a floating-point dtype and only their batch may be empty, got "
+            f"{q.dtype} of shape {tuple(q.shape)}"
         )
     if topk < 1:
         raise ValueError(f"topk_regions: topk must be at least 1, got {topk}")
