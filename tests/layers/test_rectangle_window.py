@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.layers.layout import on_nhwc
+from visionattn.layers.maps import on_nhwc
 from visionattn.layers.rectangle_window import DynamicPositionBias, RectangleWindowAttention
 
 

@@ -5,6 +5,7 @@ the environment variable `VISIONATTN_BACKEND` forces one.
 """
 
 from .dispatch import BACKENDS, Choice, explain, use_backend
+from .linear.op import agent_attention, linear_attention
 from .local.op import overlapping_window_attention, window_attention
 from .routed.op import routed_attention
 from .routed.selection import topk_regions
@@ -12,7 +13,9 @@ from .routed.selection import topk_regions
 __all__ = [
     "BACKENDS",
     "Choice",
+    "agent_attention",
     "explain",
+    "linear_attention",
     "overlapping_window_attention",
     "routed_attention",
     "topk_regions",

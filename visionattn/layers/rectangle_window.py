@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import window_attention
-from .layout import on_nhwc
+from .maps import on_nhwc
 
 
 class DynamicPositionBias(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from .layout import on_nhwc
+from .maps import on_nhwc
 
 
 class ResidualGroup(nn.Module):

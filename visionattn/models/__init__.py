@@ -1,5 +1,8 @@
 """The networks: one file per family, registered with timm when this package is imported."""
 
+from . import agent_attention, inline_attention
+from ._deit import DeiT
+from ._hosts import PVT, CSwin, Swin
 from ._restoration import RestorationInfo
 from .biformer import BiFormer
 from .catanet import CATANet
@@ -7,7 +10,25 @@ from .cfsr import CFSR
 from .craft import CRAFT
 from .hat import HAT
 from .hsdt import HSDT
+from .l2vit import L2ViT
 from .rgt import RGT
 from .sha_dehaze import PMNet
 
-__all__ = ["CFSR", "CRAFT", "HAT", "HSDT", "RGT", "BiFormer", "CATANet", "PMNet", "RestorationInfo"]
+__all__ = [
+    "CFSR",
+    "CRAFT",
+    "HAT",
+    "HSDT",
+    "PVT",
+    "RGT",
+    "BiFormer",
+    "CATANet",
+    "CSwin",
+    "DeiT",
+    "L2ViT",
+    "PMNet",
+    "RestorationInfo",
+    "Swin",
+    "agent_attention",
+    "inline_attention",
+]

@@ -20,6 +20,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ..kernels import routed_attention, topk_regions
+from ..layers.maps import on_nhwc
 
 __all__ = ["BiFormer"]
 
@@ -80,7 +81,7 @@ class BiLevelRoutingAttention(nn.Module):
             x = _fill_up(x, self.n_win * region[0], self.n_win * region[1])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         indices = topk_regions(q, k, region, self.topk)
-        local = _depthwise(self.lepe, v.flatten(3))
+        local = on_nhwc(self.lepe, v.flatten(3))
         if self.pad == "projected":
             whole = [n * -(-side // n) for n, side in zip(region, (height, width))]
             q, k, v = (_fill_up(t.flatten(3), *whole).unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
@@ -130,7 +131,7 @@ class FullAttention(nn.Module):
         qkv = self.qkv(x)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        local = _depthwise(self.lepe, qkv.chunk(3, -1)[2] if self.lepe_of_values else x)
+        local = on_nhwc(self.lepe, qkv.chunk(3, -1)[2] if self.lepe_of_values else x)
         return self.proj(out + local)
 
 
@@ -161,7 +162,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
-            x = x + _depthwise(self.pos_embed, x)
+            x = x + on_nhwc(self.pos_embed, x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -408,11 +409,6 @@ def _downsample(in_dim: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> 
     if patch_conv:
         return nn.Sequential(nn.BatchNorm2d(in_dim, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd))
     return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd))
-
-
-def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution on `[B, H, W, C]`; the permutations are views of channels-last memory."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _fill_up(x: Tensor, height: int, width: int) -> Tensor:

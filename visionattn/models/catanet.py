@@ -21,8 +21,8 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..kernels import window_attention
-from ..layers.layout import mirror_index, on_nhwc
-from ..layers.precision import at_least_float32, without_autocast
+from ..kernels.precision import at_least_float32, without_autocast
+from ..layers.maps import mirror_index, on_nhwc
 from ._restoration import RestorationInfo, build_restoration, check_size, super_resolution_cfg, upsampler
 
 __all__ = ["CATANet"]

@@ -17,8 +17,8 @@ from timm.layers import Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers.layout import mirror_index, on_nhwc
-from ..layers.precision import at_least_float32, without_autocast
+from ..kernels.precision import at_least_float32, without_autocast
+from ..layers.maps import mirror_index, on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
 from ._restoration import (

@@ -16,7 +16,7 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers.layout import on_nhwc
+from ..layers.maps import on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
 from ._restoration import (

@@ -1,4 +1,4 @@
-"""Computing in full precision inside automatic mixed precision."""
+"""Precision that does not depend on the autocast state of the caller."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Switch autocast off for the device of `x`, where it exists: not on `meta`."""
-    known = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
+    """A `with` block in which operations on the device of `x` keep the dtypes of their inputs."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

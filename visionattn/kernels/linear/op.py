@@ -1,0 +1,129 @@
+"""The public linear and agent attention functions: argument checks and the choice of the implementation.
+
+All tensors are heads-last `[B, H, W, heads, head_dim]` and may be strided views of a packed projection. The
+place of a pixel matters through a bias only, so a sequence of tokens is a map of height 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..checks import check_qkv
+from ..dispatch import Operator
+from . import pytorch, reference
+
+Normalize = Literal["sum", "injective", "none"]
+
+LINEAR_ATTENTION = Operator("linear_attention", reference.linear_attention, pytorch.linear_attention)
+AGENT_ATTENTION = Operator("agent_attention", reference.agent_attention, pytorch.agent_attention)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    normalize: Normalize = "sum",
+    scale: float | None = None,
+    eps: float = 1e-6,
+    floor: float | None = None,
+) -> Tensor:
+    """Attention with weights that are products instead of exponentials; O(H W d²) per head.
+
+    With `w_ij = scale * q_i·k_j` over all N pixels j, the weight of value j for query i is
+
+    - `"sum"`: `w_ij / max(Σ_j w_ij + eps, floor)`, the kernel form (https://arxiv.org/abs/2006.16236);
+    - `"injective"`: `(1 + w_ij - mean_j w_ij) / N`, which sums to one without a division and may be negative
+      (InLine, https://arxiv.org/abs/2412.06590); computed from centred keys, which is exact and better
+      conditioned than the published subtraction;
+    - `"none"`: `w_ij`.
+
+    A feature map is applied to q and k by the caller. Sums run in float32 for half-precision inputs, under
+    autocast too.
+
+    Args:
+        q: queries `[B, H, W, heads, d]`.
+        k: keys, same shape.
+        v: values, same shape.
+        normalize: the normalisation above.
+        scale: multiplies q·k; `d ** -0.5` by default. With `"sum"` it matters only against `eps` and `floor`;
+            `1 / (H * W)` gives the form with means in place of sums.
+        eps: added to the denominator of `"sum"`.
+        floor: smallest denominator of `"sum"`; none by default.
+
+    Returns:
+        `[B, H, W, heads, d]`, contiguous.
+
+    Raises:
+        ValueError: shapes, devices or dtypes do not fit, or an unknown normalisation.
+    """
+    check_qkv("linear_attention", q, k, v)
+    if normalize not in get_args(Normalize):
+        raise ValueError(
+            f"normalize={normalize!r} is unknown; choose one of {', '.join(get_args(Normalize))}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    floor = float("-inf") if floor is None else floor
+    return LINEAR_ATTENTION(q, k, v, normalize, scale, eps, floor).contiguous()
+
+
+def agent_attention(
+    q: Tensor,
+    agents: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias_in: Tensor | None = None,
+    bias_out: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention through a few agents (https://arxiv.org/abs/2312.08874); O(H W n d) per head.
+
+    `V_A = softmax(scale A Kᵀ + bias_in) V`, then `softmax(scale Q Aᵀ + bias_out) V_A`.
+
+    Args:
+        q: queries `[B, H, W, heads, d]`.
+        agents: `[B, rows, columns, heads, d]`, commonly the queries pooled to n = rows * columns tokens.
+        k: keys, as q.
+        v: values, as q.
+        bias_in: added to the logits of the agents over the pixels, `[heads, n, H * W]`, with gradient.
+        bias_out: added to the logits of the pixels over the agents, `[heads, H * W, n]`, with gradient;
+            fastest as a transposed view of `[heads, n, H * W]`.
+        scale: multiplies the products, not the biases; `d ** -0.5` by default.
+
+    Returns:
+        `[B, H, W, heads, d]`, contiguous.
+
+    Raises:
+        ValueError: shapes, devices or dtypes do not fit.
+    """
+    height, width = check_qkv("agent_attention", q, k, v)
+    batch, _, _, heads, head_dim = q.shape
+    if agents.dim() != 5 or (agents.shape[0], *agents.shape[3:]) != (batch, heads, head_dim):
+        raise ValueError(
+            f"agent_attention: agents must be [{batch}, rows, columns, {heads}, {head_dim}], "
+            f"got shape {tuple(agents.shape)}"
+        )
+    if agents.device != q.device or agents.dtype != q.dtype:
+        raise ValueError(
+            f"agent_attention: agents is {agents.dtype} on {agents.device}, q is {q.dtype} on {q.device}"
+        )
+    count = agents.shape[1] * agents.shape[2]
+    _check_bias("bias_in", bias_in, (heads, count, height * width), q)
+    _check_bias("bias_out", bias_out, (heads, height * width, count), q)
+    scale = head_dim**-0.5 if scale is None else scale
+    return AGENT_ATTENTION(q, agents, k, v, bias_in, bias_out, scale).contiguous()
+
+
+def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, int, int], q: Tensor) -> None:
+    if bias is None:
+        return
+    if tuple(bias.shape) != shape:
+        raise ValueError(f"agent_attention: {name} has shape {tuple(bias.shape)}; needed is {shape}")
+    if bias.device != q.device:
+        raise ValueError(f"agent_attention: {name} is on {bias.device}, the queries are on {q.device}")
+    if not torch.is_floating_point(bias):
+        raise ValueError(f"agent_attention: {name} must be of a floating-point dtype, got {bias.dtype}")

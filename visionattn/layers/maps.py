@@ -1,0 +1,42 @@
+"""What layers on channels-last maps `[B, H, W, C]` need again and again."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def on_nhwc(module: nn.Module, x: Tensor) -> Tensor:
+    """A convolution or pooling on `[B, H, W, C]`; the permutations are views of channels-last memory."""
+    return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def fill_up(x: Tensor, multiple: tuple[int, int]) -> Tensor:
+    """Zeros on the right and bottom of `[B, H, W, C]`, up to multiples of (rows, columns)."""
+    bottom, right = -x.shape[1] % multiple[0], -x.shape[2] % multiple[1]
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+def as_tokens(x: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int], int]:
+    """Tokens `[B, prefix + H * W, C]` of a map or of tokens that come with the size of their map.
+
+    Returns:
+        The tokens, (H, W), and how many tokens precede the map.
+
+    Raises:
+        ValueError: tokens without a size, or fewer tokens than pixels.
+    """
+    if x.dim() == 4:
+        return x.flatten(1, 2), (x.shape[1], x.shape[2]), 0
+    if size is None or x.shape[1] < size[0] * size[1]:
+        raise ValueError(
+            f"tokens [B, prefix + H * W, C] need the (H, W) of their map; got {tuple(x.shape)} and {size}"
+        )
+    return x, size, x.shape[1] - size[0] * size[1]
+
+
+def mirror_index(size: int, length: int, device: torch.device) -> Tensor:
+    """Indices `[length]`: 0 .. `size - 1`, then back, then forth, as often as needed; ends are repeated."""
+    index = torch.arange(length, device=device) % (2 * size)
+    return torch.minimum(index, 2 * size - 1 - index)

@@ -1,0 +1,301 @@
+"""L2ViT: local window attention and global linear attention in turn.
+
+Paper: "The Linear Attention Resurrection in Vision Transformer", https://arxiv.org/abs/2501.16182. Official
+code and weights: https://github.com/ChuanyangZheng/L2ViT (MIT).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..layers import LinearAttention2d, WindowAttention2d
+from ..layers.maps import fill_up, on_nhwc
+from ._pyramid import Block, Pyramid, Stage, drop_path_rates
+
+__all__ = ["L2ViT"]
+
+
+class Stem(nn.Module):
+    """Images to a map of a quarter of their size: two convolutions, a norm; `[B, H, W, C]` in and out."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
+            nn.BatchNorm2d(dim // 2, **dd),
+            nn.ReLU(),
+            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
+            nn.BatchNorm2d(dim, **dd),
+        )
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(on_nhwc(self.proj, fill_up(x, (4, 4))))
+
+
+class Downsample(nn.Module):
+    """A norm and a convolution of disjoint 2x2 patches; odd maps are filled up after the norm."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(in_dim, **dd)
+        self.proj = nn.Conv2d(in_dim, dim, 2, stride=2, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return on_nhwc(self.proj, fill_up(self.norm(x), (2, 2)))
+
+
+class LocalConcentration(nn.Module):
+    """Two depthwise 7x7 convolutions that gather what linear attention spreads; `[B, H, W, C]` in and out."""
+
+    def __init__(
+        self,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, **dd)
+        self.act = nn.GELU()
+        self.bn = nn.BatchNorm2d(dim, **dd)
+        self.conv2 = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.act(self.conv1(x.permute(0, 3, 1, 2))))
+        return self.conv2(x).permute(0, 2, 3, 1)
+
+
+class L2Block(Block):
+    """A block between convolutional position encodings, with a local or a global attention.
+
+    A local block has a second position encoding before the MLP; a global one the local concentration instead.
+
+    Args:
+        dim: channels.
+        attn: the attention.
+        is_global: which of the two forms.
+        mlp_ratio: hidden width of the MLP as a multiple of `dim`.
+        drop_path: stochastic depth of every branch.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        is_global: bool,
+        mlp_ratio: float,
+        drop_path: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, attn, mlp_ratio, drop_path, **dd)
+        self.cpe = nn.ModuleList(
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) for _ in range(1 if is_global else 2)
+        )
+        self.norm3 = nn.LayerNorm(dim, **dd) if is_global else None
+        self.local_mp = LocalConcentration(dim, **dd) if is_global else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        x = x + on_nhwc(self.cpe[0], x)
+        x = x + self.drop_path(self.attend(x))
+        if self.norm3 is None or self.local_mp is None:
+            x = x + on_nhwc(self.cpe[1], x)
+        else:
+            x = x + self.drop_path(self.local_mp(self.norm3(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class L2ViT(Pyramid):
+    """L2ViT. Images are filled up with zeros to multiples of 4, maps to even sizes and to whole windows.
+
+    Args:
+        in_chans: input channels.
+        num_classes: classes; 0 for no classifier.
+        global_pool: pooling before the classifier, `"avg"`, `"max"`, `"avgmax"` or `""`.
+        depths: blocks per stage: local, global, local, ...
+        embed_dims: channels per stage.
+        num_heads: attention heads per stage.
+        mlp_ratio: hidden width of the MLPs as a multiple of the channels.
+        window_size: side of a window in pixels; no weight depends on it.
+        extra_norms: a LayerNorm per returned stage output, as the official dense backbones have.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (2, 2, 6, 2),
+        embed_dims: Sequence[int] = (96, 192, 384, 768),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        mlp_ratio: float = 4.0,
+        window_size: int = 7,
+        extra_norms: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (dim, heads) in enumerate(zip(embed_dims, num_heads)):
+            blocks = []
+            for j in range(depths[i]):
+                if j % 2:
+                    attn = LinearAttention2d(dim, heads, **dd)
+                else:
+                    attn = WindowAttention2d(dim, heads, window_size, relative_bias=False, **dd)
+                blocks.append(L2Block(dim, attn, bool(j % 2), mlp_ratio, next(rates), **dd))
+            down = Downsample(embed_dims[i - 1], dim, **dd) if i else nn.Identity()
+            stages.append(Stage(dim, down, blocks))
+        super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate,
+            stem=Stem(in_chans, embed_dims[0], **dd),
+            stages=stages,
+            norm=nn.LayerNorm(embed_dims[-1], **dd),
+            norm_eps=1e-5,
+            extra_norms=extra_norms,
+            min_size=1,
+            **dd,
+        )
+        self.apply(_init_convolution)
+
+
+def _init_convolution(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: L2ViT) -> dict[str, Tensor]:
+    """Rename the official parameters to ours; our own names pass unchanged."""
+    for wrapper in ("model_ema", "model"):
+        state_dict = state_dict.get(wrapper, state_dict)
+    renames = [
+        (r"^downsample_layers\.0\.proj\.proj\.", "stem.proj."),
+        (r"^downsample_layers\.0\.", "stem."),
+        (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+        (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"\.cpe\.(\d)\.proj\.", r".cpe.\1."),
+        (r"^norm(\d)\.", r"extra_norms.\1."),
+        (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    ]
+    out = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value
+    return out
+
+
+def _cfg(file: str, top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": f"https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0/L2ViT-{file}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.proj.0",
+        "classifier": "head.fc",
+        "license": "mit",
+        "paper_ids": "arXiv:2501.16182",
+        "paper_name": "The Linear Attention Resurrection in Vision Transformer",
+        "origin_url": "https://github.com/ChuanyangZheng/L2ViT",
+        "notes": () if top1 is None else (f"ImageNet-1k top-1 {top1}",),
+        **kwargs,
+    }
+
+
+_AT_384: dict[str, Any] = {
+    "input_size": (3, 384, 384),
+    "pool_size": (12, 12),
+    "crop_pct": 1.0,
+    "crop_mode": "squash",
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "l2vit_t.in1k": _cfg("Tiny-checkpoint-best-ema", 83.1),
+        "l2vit_s.in1k": _cfg("Small-checkpoint-best-ema", 84.1),
+        "l2vit_b.in1k": _cfg("Base-checkpoint-best-ema", 84.4),
+        "l2vit_b.in22k_ft_in1k": _cfg("Base-22k21k-finetune-224-checkpoint-best", 86.0),
+        "l2vit_b.in22k": _cfg("Base-22k-pretrain-checkpoint-best", num_classes=21841),
+        "l2vit_b_384.in22k_ft_in1k": _cfg("Base-22k21k-finetune-384-checkpoint-best", 87.0, **_AT_384),
+    }
+)
+
+
+def _create_l2vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    return build_model_with_cfg(
+        L2ViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+_BASE: dict[str, Any] = {
+    "depths": (2, 2, 18, 2),
+    "embed_dims": (128, 256, 512, 1024),
+    "num_heads": (4, 8, 16, 32),
+}
+
+
+@register_model
+def l2vit_t(pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    """L2ViT-T: 28.6 M parameters, 4.7 GMACs at 224."""
+    return _create_l2vit("l2vit_t", pretrained, **kwargs)
+
+
+@register_model
+def l2vit_s(pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    """L2ViT-S: 50.2 M parameters, 9.0 GMACs at 224."""
+    return _create_l2vit("l2vit_s", pretrained, **{"depths": (2, 2, 18, 2), **kwargs})
+
+
+@register_model
+def l2vit_b(pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    """L2ViT-B: 88.6 M parameters, 15.9 GMACs at 224."""
+    return _create_l2vit("l2vit_b", pretrained, **{**_BASE, **kwargs})
+
+
+@register_model
+def l2vit_b_384(pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    """L2ViT-B with windows of 12 pixels, for 384: 88.6 M parameters, 47.5 GMACs."""
+    return _create_l2vit("l2vit_b_384", pretrained, **{**_BASE, "window_size": 12, **kwargs})
