@@ -65,8 +65,9 @@ def routed_attention(
         q: queries `[B, H, W, heads, d]`.
         k: keys, same shape.
         v: values, same shape.
-        indices: `[B, 1 or heads, regions, topk]` integers: the regions that each region attends to, in row-major
-            numbers; -1 is padding. A list of nothing but padding gives zeros and a log-sum-exp of -inf.
+        indices: `[B, 1 or heads, regions, topk]` integers: the regions that each region attends to, in
+            row-major numbers; -1 is padding. A list of nothing but padding gives zeros and a log-sum-exp of
+            -inf.
         region_size: side of a region in pixels, or (height, width); a border region may be smaller.
         bias: added to the scaled logits, with gradient: relative table `[heads, 2 * H - 1, 2 * W - 1]`, entry
             `[h, H - 1 + dy, W - 1 + dx]` for key minus query = (dy, dx), or dense `[heads, H * W, H * W]`.
@@ -96,11 +97,13 @@ def _check_indices(indices: Tensor, q: Tensor, regions: int, distinct: bool) -> 
     batch, _, _, heads, _ = q.shape
     if indices.dim() != 4 or indices.shape[0] != batch or indices.shape[1] not in (1, heads):
         raise ValueError(
-            f"routed_attention: indices must be [{batch}, 1 or {heads}, regions, topk], got {tuple(indices.shape)}"
+            f"routed_attention: indices must be [{batch}, 1 or {heads}, regions, topk], "
+            f"got {tuple(indices.shape)}"
         )
     if indices.shape[2] != regions:
         raise ValueError(
-            f"routed_attention: indices list {indices.shape[2]} regions, the map has {regions} of this region_size"
+            f"routed_attention: indices list {indices.shape[2]} regions, "
+            f"the map has {regions} of this region_size"
         )
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"routed_attention: indices must be int32 or int64, got {indices.dtype}")

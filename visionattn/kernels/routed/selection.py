@@ -25,8 +25,8 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
         topk: regions per list, at most the number of regions.
 
     Returns:
-        `[B, 1, regions, min(topk, regions)]` int32, best first, ties by the lowest index; regions in row-major
-        order.
+        `[B, 1, regions, min(topk, regions)]` int32, best first, ties by the lowest index; regions in
+        row-major order.
 
     Raises:
         ValueError: shapes differ, or region_size or topk is not positive.
@@ -56,4 +56,5 @@ def region_means(x: Tensor, region: tuple[int, int]) -> Tensor:
         x = F.avg_pool2d(x.permute(0, 3, 1, 2), region, ceil_mode=True, count_include_pad=False)
         return x.flatten(2).transpose(1, 2)
     x = x.unflatten(2, (-1, region[1])).unflatten(1, (-1, region[0]))
-    return x.mean((2, 4)).flatten(1, 2)
+    # Two sums, for PyTorch's sum over two separate axes at once is ten times slower on a CPU.
+    return (x.sum(4).sum(2) / (region[0] * region[1])).flatten(1, 2)
