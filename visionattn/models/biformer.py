@@ -19,83 +19,9 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from ..kernels import routed_attention, topk_regions
+from ..layers import BiLevelRoutingAttention, conv_nhwc
 
 __all__ = ["BiFormer"]
-
-
-class BiLevelRoutingAttention(nn.Module):
-    """Bi-level routing attention: every region attends to the `topk` regions of largest affinity.
-
-    Maps whose sides `n_win` does not divide are filled up on the right and bottom, by the rule of one of the two
-    official operators. `pad="input"`: zero pixels before the projection, so that their keys and values are its
-    bias, and they count in the region means. `pad="projected"` (the NCHW operator): regions of `floor(side /
-    n_win)` pixels, hence possibly more than `n_win` a side, zero keys and values, not counted in the means. In
-    both the filled-up pixels take part in the softmax.
-
-    Args:
-        dim: channels.
-        num_heads: attention heads; all heads of a region share its routing.
-        n_win: regions per side.
-        topk: regions that each region attends to, at most all there are.
-        side_dwconv: kernel size of the local enhancement, a depthwise convolution of the values.
-        pad: the rule for other sizes.
-        auto_pad: False refuses sizes that `n_win` does not divide.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        n_win: int = 7,
-        topk: int = 4,
-        side_dwconv: int = 5,
-        pad: Literal["input", "projected"] = "input",
-        auto_pad: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.n_win = n_win
-        self.topk = topk
-        self.pad = pad
-        self.auto_pad = auto_pad
-        # The full width, not the width of a head: the official code scales both levels so.
-        self.scale = dim**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.lepe = nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`.
-
-        Raises:
-            ValueError: a side that cannot be cut into `n_win` regions under the padding rule.
-        """
-        height, width = x.shape[1:3]
-        region = self._region_size(height, width)
-        if self.pad == "input":
-            x = _fill_up(x, self.n_win * region[0], self.n_win * region[1])
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        indices = topk_regions(q, k, region, self.topk)
-        local = _depthwise(self.lepe, v.flatten(3))
-        if self.pad == "projected":
-            whole = [n * -(-side // n) for n, side in zip(region, (height, width))]
-            q, k, v = (_fill_up(t.flatten(3), *whole).unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        out = routed_attention(q, k, v, indices, region, scale=self.scale, distinct=True).flatten(3)
-        return self.proj(out[:, :height, :width] + local[:, :height, :width])
-
-    def _region_size(self, height: int, width: int) -> tuple[int, int]:
-        n = self.n_win
-        if not self.auto_pad and (height % n or width % n):
-            raise ValueError(f"auto_pad=False needs maps divisible by n_win={n}, got {height}x{width}")
-        if self.pad == "input":
-            return -(-height // n), -(-width // n)
-        if min(height, width) < n:
-            raise ValueError(f"a map of {height}x{width} cannot be cut into n_win={n} regions per side")
-        return height // n, width // n
 
 
 class FullAttention(nn.Module):
@@ -130,12 +56,12 @@ class FullAttention(nn.Module):
         qkv = self.qkv(x)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        local = _depthwise(self.lepe, qkv.chunk(3, -1)[2] if self.lepe_of_values else x)
+        local = conv_nhwc(self.lepe, qkv.chunk(3, -1)[2] if self.lepe_of_values else x)
         return self.proj(out + local)
 
 
 class Block(nn.Module):
-    """Depthwise position convolution (optional), attention, MLP: three residual branches on `[B, H, W, C]`."""
+    """Depthwise position convolution (optional), attention, MLP: residual branches on `[B, H, W, C]`."""
 
     def __init__(
         self,
@@ -161,7 +87,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
-            x = x + _depthwise(self.pos_embed, x)
+            x = x + conv_nhwc(self.pos_embed, x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -315,8 +241,8 @@ class BiFormer(nn.Module):
             intermediates_only: return the stage outputs alone.
 
         Returns:
-            Stage outputs `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next stage
-            sees the map before it), preceded by the final features unless `intermediates_only`.
+            Stage outputs `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next
+            stage sees the map before it), preceded by the final features unless `intermediates_only`.
 
         Raises:
             ValueError: another `output_fmt`, or an input that is too small.
@@ -413,17 +339,6 @@ def _downsample(in_dim: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> 
     return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd))
 
 
-def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution on `[B, H, W, C]`; the permutations are views of channels-last memory."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _fill_up(x: Tensor, height: int, width: int) -> Tensor:
-    """Zeros on the right and bottom of `[B, H, W, C]`."""
-    bottom, right = height - x.shape[1], width - x.shape[2]
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
-
-
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
@@ -434,8 +349,8 @@ def _init_weights(module: nn.Module) -> None:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: BiFormer) -> dict[str, Tensor]:
     """Rename the official parameters to ours; our own names pass unchanged.
 
-    The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer is 2
-    or 3, and the NCHW operator holds its projections as 1x1 convolutions under names of its own.
+    The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer is
+    2 or 3, and the NCHW operator holds its projections as 1x1 convolutions under names of its own.
     """
     state_dict = state_dict.get("model", state_dict)
     renames = [
