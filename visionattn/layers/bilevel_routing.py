@@ -19,10 +19,10 @@ class BiLevelRoutingAttention(nn.Module):
     """Bi-level routing attention: every region attends to the `topk` regions of largest affinity.
 
     Maps whose sides `n_win` does not divide are filled up on the right and bottom, by the rule of one of the
-    two official operators. `pad="input"`: zero pixels before the projection, so that their keys and values are
-    its bias, and they count in the region means. `pad="projected"` (the NCHW operator): regions of
-    `floor(side / n_win)` pixels, hence possibly more than `n_win` a side, zero keys and values, not counted in
-    the means. In both the filled-up pixels take part in the softmax.
+    two official operators. `pad="input"`: zero pixels before the projection, so that their keys and values
+    are its bias, and they count in the region means. `pad="projected"` (the NCHW operator): regions of
+    `floor(side / n_win)` pixels, hence possibly more than `n_win` a side, zero keys and values, not counted
+    in the means. In both the filled-up pixels take part in the softmax.
 
     Args:
         dim: channels.

@@ -61,7 +61,7 @@ class FullAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise position convolution (optional), attention, MLP: residual branches on `[B, H, W, C]`."""
+    """Position convolution (optional), attention, MLP: three residual branches on `[B, H, W, C]`."""
 
     def __init__(
         self,
@@ -189,12 +189,10 @@ class BiFormer(nn.Module):
         self.head = ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, **dd)
         self.apply(_init_weights)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
         return set()
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers for layer-wise decay."""
         blocks = r"^stages\.(\d+)"
@@ -205,13 +203,12 @@ class BiFormer(nn.Module):
         ]
         return {"stem": r"^stem", "blocks": blocks if coarse else fine}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of storing what they hold."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The final linear layer."""
         return self.head.fc
@@ -349,8 +346,8 @@ def _init_weights(module: nn.Module) -> None:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: BiFormer) -> dict[str, Tensor]:
     """Rename the official parameters to ours; our own names pass unchanged.
 
-    The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer is
-    2 or 3, and the NCHW operator holds its projections as 1x1 convolutions under names of its own.
+    The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer
+    is 2 or 3, and the NCHW operator holds its projections as 1x1 convolutions under names of its own.
     """
     state_dict = state_dict.get("model", state_dict)
     renames = [

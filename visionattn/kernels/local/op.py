@@ -3,8 +3,8 @@
 All tensors are heads-last `[B, H, W, heads, head_dim]` and may be strided views of a packed projection; a 1-D
 sequence is a map of height 1 with windows of height 1. A bias is either
 
-- a relative table `[heads, 2 * reach_y + 1, 2 * reach_x + 1]`, entry `[h, reach_y + dy, reach_x + dx]` for key
-  minus query = (dy, dx), with the reach of each function below, or
+- a relative table `[heads, 2 * reach_y + 1, 2 * reach_x + 1]`, entry `[h, reach_y + dy, reach_x + dx]` for
+  key minus query = (dy, dx), with the reach of each function below, or
 - dense, `[heads, nq, nk]`, over the queries and keys of one whole block in row-major order;
 
 the shape tells which. It is added to the scaled logits and receives a gradient.
@@ -39,7 +39,8 @@ def window_attention(
     """Attention inside non-overlapping windows (Swin, https://arxiv.org/abs/2103.14030).
 
     Windows are cut at the borders of the map, so any size works: a last, smaller window holds what remains.
-    (Swin pads the map with zero pixels *before* the projection instead; do that where its numbers are wanted.)
+    (Swin pads the map with zero pixels *before* the projection instead; do that where its numbers are
+    wanted.)
 
     Args:
         q: queries `[B, H, W, heads, d]`.
@@ -91,18 +92,19 @@ def overlapping_window_attention(
         v: values, same shape.
         window_size: side of a query window in pixels, or (height, width).
         overlap: pixels by which the key window reaches beyond the query window on every side, or (y, x).
-        border: keys beyond the map: `"zero"`, zero keys and values that take part in the softmax with their bias
-            (HAT, timm's HaloNet); `"mask"`, absent; `"clamp"`, the key window moves inwards.
-        bias: dense `[heads, nq, nk]`, nq and nk being the pixels of the query and the key window, or a relative
-            table with a reach of `window - 1 + overlap` (`"clamp"`: `window - 1 + 2 * overlap`) on each axis.
+        border: keys beyond the map: `"zero"`, zero keys and values that take part in the softmax with their
+            bias (HAT, timm's HaloNet); `"mask"`, absent; `"clamp"`, the key window moves inwards.
+        bias: dense `[heads, nq, nk]`, nq and nk being the pixels of the query and the key window, or a
+            relative table with a reach of `window - 1 + overlap` (`"clamp"`: `window - 1 + 2 * overlap`) on
+            each axis.
         scale: multiplies q·k; `d ** -0.5` by default.
 
     Returns:
         `[B, H, W, heads, d]`, contiguous.
 
     Raises:
-        ValueError: shapes, devices, window, overlap or bias do not fit; `"clamp"` on a map smaller than the key
-            window.
+        ValueError: shapes, devices, window, overlap or bias do not fit; `"clamp"` on a map smaller than the
+            key window.
     """
     height, width = check_qkv("overlapping_window_attention", q, k, v)
     window, overlap = pair("window_size", window_size), pair("overlap", overlap, minimum=0)

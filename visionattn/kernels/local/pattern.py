@@ -1,8 +1,8 @@
 """The geometry of local attention: which keys a query sees, axis by axis.
 
-Queries lie in blocks; all queries of a block see the same run of keys. Windows, shifted windows and overlapping
-windows (HAT, halo) differ only in where the blocks begin, how far the keys reach beyond their block, and what
-happens to keys beyond the border of the map. A 2-D pattern is the product of its two axes.
+Queries lie in blocks; all queries of a block see the same run of keys. Windows, shifted windows and
+overlapping windows (HAT, halo) differ only in where the blocks begin, how far the keys reach beyond their
+block, and what happens to keys beyond the border of the map. A 2-D pattern is the product of its two axes.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Axis:
         window: queries in a block.
         shift: where a block begins; blocks begin at `shift + n * window` for all integers n.
         overlap: keys seen beyond the block on either side.
-        border: what keys beyond the map are: zero vectors that stay in the softmax (`"zero"`), absent (`"mask"`),
-            or replaced by moving the run of keys inwards (`"clamp"`).
+        border: what keys beyond the map are: zero vectors that stay in the softmax (`"zero"`), absent
+            (`"mask"`), or replaced by moving the run of keys inwards (`"clamp"`).
     """
 
     length: int

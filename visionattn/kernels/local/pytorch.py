@@ -81,7 +81,7 @@ def _cat(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _bias_of_blocks(bias: Tensor | None, pattern: Pattern, y: Run, x: Run) -> Tensor | None:
-    """The dense bias `[heads, queries, keys]` of the blocks of two runs, cut from a table or a whole block."""
+    """The dense bias `[heads, queries, keys]` of the blocks of two runs, from a table or a whole block."""
     if bias is None:
         return None
     if bias.shape[1:] == pattern.table_shape:

@@ -30,8 +30,7 @@ def local_attention(
 
 
 def bias_of_pairs(bias: Tensor, pattern: Pattern) -> Tensor:
-    """The bias of every pair `[heads, H, W, keys_y, keys_x]` from a table or a dense block; any value where not
-    visible."""
+    """The bias of every pair `[heads, H, W, keys_y, keys_x]`; any value where a key is not visible."""
     axes = [(axis, *axis.visibility(bias.device)) for axis in (pattern.y, pattern.x)]
     if bias.shape[1:] == pattern.table_shape:
         y, x = ((offset + axis.reach).clamp(0, 2 * axis.reach) for axis, _, offset, _, _ in axes)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dense import attend, attend_lse
+from ..precision import without_autocast
 from .reference import bias_of_pairs
 
 # How many numbers of gathered keys are held at a time: on a CPU what the caches take (the best of 2**16 to
@@ -95,7 +96,7 @@ class _Chunked(torch.autograd.Function):
         rows = _row_numbers(indices, q.shape[3])
         queries, keys, values = (_to_rows(x, region) for x in (q, k, v))
         out = torch.empty_like(queries)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             for part in _parts(rows, keys):
                 key, value = _gather(rows[part], keys, values)
                 mask = None if pair_bias is None else pair_bias[part]
@@ -162,7 +163,7 @@ def _chunked_gradients(
     queries, keys, values, outs = (_to_rows(x, region).to(precision) for x in (q, k, v, grad_out))
     grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     grad_bias = None if pair_bias is None or not pair_bias.requires_grad else torch.empty_like(pair_bias)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         for part in _parts(rows, keys):
             key, value = _gather(rows[part], keys, values)
             query, grad = queries[part] * scale, outs[part]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import pair
+from ..precision import without_autocast
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
     if topk < 1:
         raise ValueError(f"topk_regions: topk must be at least 1, got {topk}")
     region = pair("region_size", region_size)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         query, key = region_means(q, region), region_means(k, region)
         affinity = query @ key.transpose(1, 2)
     # torch.topk leaves the order of ties open; a stable sort does not.
