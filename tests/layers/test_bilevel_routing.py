@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from visionattn.kernels import routed_attention, topk_regions
 from visionattn.layers import BiLevelRoutingAttention
@@ -16,19 +15,15 @@ def layer(**kwargs) -> BiLevelRoutingAttention:
     return BiLevelRoutingAttention(16, 2, n_win=3, topk=2, side_dwconv=3, **kwargs).double()
 
 
-def attention(net: BiLevelRoutingAttention, q: Tensor, k: Tensor, v: Tensor, region: tuple[int, int]) -> Tensor:
-    heads = [t.unflatten(-1, (2, 8)) for t in (q, k, v)]
-    indices = topk_regions(heads[0], heads[1], region, 2)
-    return routed_attention(*heads, indices, region, scale=16**-0.5).flatten(3)
-
-
 def test_filling_up_before_the_projection() -> None:
     net, x = layer(), torch.randn(2, 7, 8, 16, dtype=torch.float64)
     padded = F.pad(x, (0, 0, 0, 1, 0, 2))
     q, k, v = net.qkv(padded).chunk(3, -1)
     local = net.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    expected = net.proj(attention(net, q, k, v, (3, 3)) + local)[:, :7, :8]
-    torch.testing.assert_close(net(x), expected)
+    heads = [t.unflatten(-1, (2, 8)) for t in (q, k, v)]
+    indices = topk_regions(heads[0], heads[1], (3, 3), 2)
+    out = routed_attention(*heads, indices, (3, 3), scale=16**-0.5).flatten(3)
+    torch.testing.assert_close(net(x), net.proj(out + local)[:, :7, :8])
 
 
 def test_filling_up_after_the_projection() -> None:

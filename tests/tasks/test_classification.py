@@ -11,8 +11,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
 from visionattn.data.digits import Digits
+
 from visionattn.engine.config import parse_config
 from visionattn.engine.errors import InputError
 from visionattn.tasks import create_task
