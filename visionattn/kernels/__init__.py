@@ -7,11 +7,12 @@ the environment variable `VISIONATTN_BACKEND` forces one.
 from .dispatch import BACKENDS, Choice, explain, use_backend
 from .local.op import overlapping_window_attention, window_attention
 from .routed.op import routed_attention
-from .routed.selection import topk_regions
+from .routed.selection import antidiagonal_regions, topk_regions
 
 __all__ = [
     "BACKENDS",
     "Choice",
+    "antidiagonal_regions",
     "explain",
     "overlapping_window_attention",
     "routed_attention",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from visionattn.kernels import explain, routed_attention, topk_regions, use_backend
+from visionattn.kernels import explain, routed_attention, use_backend
 from visionattn.kernels.routed import pytorch
 
 # height, width, region, heads, head_dim, topk: one region, regions of one pixel, all regions, cut borders.
@@ -165,27 +165,3 @@ def test_bad_arguments(change: dict, message: str) -> None:
 def test_explain_names_the_backend() -> None:
     qkv, indices, _ = make(SHAPES[0])
     assert explain(routed_attention, *qkv, indices, (2, 3)).backend == "torch"
-
-
-def test_equal_affinities_take_the_lowest_index() -> None:
-    q = torch.zeros(1, 6, 6, 2, 4)
-    assert topk_regions(q, q, 2, 3).tolist() == [[[[0, 1, 2]] * 9]]
-
-
-@pytest.mark.parametrize("region", [(2, 3), (4, 4), (3, 2)], ids=str)
-def test_routing_is_the_formula_and_stands_above_autocast(region: tuple[int, int]) -> None:
-    height, width = 8, 6
-    q, k = torch.randn(2, 2, height, width, 2, 4, generator=torch.Generator().manual_seed(1))
-    rows, columns = -(-height // region[0]), -(-width // region[1])
-
-    def mean(x: Tensor, i: int) -> Tensor:
-        y, x0 = i // columns * region[0], i % columns * region[1]
-        return x[:, y : y + region[0], x0 : x0 + region[1]].double().mean((1, 2)).flatten(1)
-
-    descriptors = [torch.stack([mean(x, i) for i in range(rows * columns)], 1) for x in (q, k)]
-    affinity = descriptors[0] @ descriptors[1].transpose(1, 2)
-    expected = affinity.argsort(-1, descending=True)[:, None, :, :2]
-    assert torch.equal(topk_regions(q, k, region, 2).long(), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(topk_regions(q, k, region, 2).long(), expected)
-    assert topk_regions(q, k, region, 1000).shape[-1] == rows * columns

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dense import attend, attend_lse
 from ..precision import without_autocast
 from .reference import bias_of_pairs
+from .regions import from_rows, to_rows
 
 # How many numbers of gathered keys are held at a time: on a CPU what the caches take (the best of 2**16 to
 # 2**20 as measured), elsewhere what bounds memory without costing launches.
@@ -53,7 +53,7 @@ def routed_attention(
     else:
         out, lse = _Chunked.apply(q, k, v, indices, pair_bias, region, scale), None
     if empty is not None:
-        empty = _from_rows(empty.flatten(0, 2)[:, None, None].expand(-1, region[0] * region[1], 1), q, region)
+        empty = from_rows(empty.flatten(0, 2)[:, None, None].expand(-1, region[0] * region[1], 1), q, region)
         out = out.masked_fill(empty, 0)
         lse = None if lse is None else lse.masked_fill(empty.squeeze(-1), float("-inf"))
     return out, lse
@@ -71,13 +71,13 @@ def _in_one_piece(
 ) -> tuple[Tensor, Tensor | None]:
     """All lists at once: the form for compilers, and the one that is differentiable any number of times."""
     rows = _row_numbers(indices, q.shape[3])
-    queries, keys, values = (_to_rows(x, region)[:, None] for x in (q, k, v))
+    queries, keys, values = (to_rows(x, region)[:, None] for x in (q, k, v))
     keys, values = (
         x.index_select(0, rows.flatten()).view(len(rows), 1, -1, q.shape[4]) for x in (keys, values)
     )
     out, lse = _attend(queries, keys, values, pair_bias, scale, return_lse)
     out, lse = out.squeeze(1), None if lse is None else lse.squeeze(1)[..., None]
-    return _from_rows(out, q, region), None if lse is None else _from_rows(lse, q, region).squeeze(-1)
+    return from_rows(out, q, region), None if lse is None else from_rows(lse, q, region).squeeze(-1)
 
 
 class _Chunked(torch.autograd.Function):
@@ -94,7 +94,7 @@ class _Chunked(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         rows = _row_numbers(indices, q.shape[3])
-        queries, keys, values = (_to_rows(x, region) for x in (q, k, v))
+        queries, keys, values = (to_rows(x, region) for x in (q, k, v))
         out = torch.empty_like(queries)
         with without_autocast(q.device.type):
             for part in _parts(rows, keys):
@@ -102,7 +102,7 @@ class _Chunked(torch.autograd.Function):
                 mask = None if pair_bias is None else pair_bias[part]
                 chunk = attend(queries[part][:, None], key[:, None], value[:, None], mask, scale)
                 out[part] = chunk.squeeze(1)
-        return _from_rows(out, q, region)
+        return from_rows(out, q, region)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -160,7 +160,7 @@ def _chunked_gradients(
     rows = _row_numbers(indices, q.shape[3])
     # In half precision the sums over all lists that name a key would lose their small terms.
     precision = torch.float64 if q.dtype == torch.float64 else torch.float32
-    queries, keys, values, outs = (_to_rows(x, region).to(precision) for x in (q, k, v, grad_out))
+    queries, keys, values, outs = (to_rows(x, region).to(precision) for x in (q, k, v, grad_out))
     grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     grad_bias = None if pair_bias is None or not pair_bias.requires_grad else torch.empty_like(pair_bias)
     with without_autocast(q.device.type):
@@ -179,7 +179,7 @@ def _chunked_gradients(
             listed = rows[part].flatten()
             grad_k.index_add_(0, listed, (grad_logits.transpose(1, 2) @ query).view(-1, *keys.shape[1:]))
             grad_v.index_add_(0, listed, (weights.transpose(1, 2) @ grad).view(-1, *keys.shape[1:]))
-    return *(_from_rows(x.to(q.dtype), q, region) for x in (grad_q, grad_k, grad_v)), grad_bias
+    return *(from_rows(x.to(q.dtype), q, region) for x in (grad_q, grad_k, grad_v)), grad_bias
 
 
 def _parts(rows: Tensor, keys: Tensor) -> Iterator[slice]:
@@ -205,24 +205,8 @@ def _to_map(x: Tensor, height: int, width: int) -> Tensor:
     return x.transpose(1, 2).unflatten(1, (height, width))
 
 
-def _to_rows(x: Tensor, region: tuple[int, int]) -> Tensor:
-    """`[B * heads * regions, pixels, d]` of `[B, H, W, heads, d]`, border regions filled up with zeros."""
-    bottom, right = -x.shape[1] % region[0], -x.shape[2] % region[1]
-    x = F.pad(x, (0, 0, 0, 0, 0, right, 0, bottom)) if bottom or right else x
-    x = x.unflatten(2, (-1, region[1])).unflatten(1, (-1, region[0]))
-    return x.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(0, 3)
-
-
-def _from_rows(x: Tensor, like: Tensor, region: tuple[int, int]) -> Tensor:
-    """The inverse of `_to_rows`: rows `[..., pixels, n]` to the map `[B, H, W, heads, n]` of `like`."""
-    batch, height, width, heads, _ = like.shape
-    regions = -(-height // region[0]), -(-width // region[1])
-    x = x.unflatten(1, region).unflatten(0, (batch, heads, *regions)).permute(0, 2, 4, 3, 5, 1, 6)
-    return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
-
-
 def _row_numbers(indices: Tensor, heads: int) -> Tensor:
-    """Rows of `_to_rows` that the lists name, `[B * heads * regions, topk]`; padding reads a first row."""
+    """Rows of `to_rows` that the lists name, `[B * heads * regions, topk]`; padding reads a first row."""
     batch, _, regions, _ = indices.shape
     first = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1, 1) * regions
     return (indices.clamp(min=0) + first).flatten(0, 2)
