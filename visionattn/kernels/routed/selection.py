@@ -76,8 +76,8 @@ def antidiagonal_regions(
     The pixels of a region are taken in row-major order, `stride` at a time. The logits of such a group of
     queries and a group of keys are summed along the antidiagonal alone, which crosses every row and every
     column of the square; a softmax over all groups of keys estimates the attention (XAttention,
-    https://arxiv.org/abs/2503.16428, algorithm 1, without the causal mask). Float32 whatever the input and the
-    autocast state. Detached.
+    https://arxiv.org/abs/2503.16428, algorithm 1, without the causal mask). Float32 whatever the input and
+    the autocast state. Detached.
 
     Args:
         q: queries `[B, H, W, heads, d]`.
@@ -89,8 +89,8 @@ def antidiagonal_regions(
         scale: multiplies q·k; `d ** -0.5` by default.
 
     Returns:
-        `[B, heads, regions, n]` int32, best first, ties by the lowest index, -1 behind the end of a list. n is
-        the length of the longest list, or, in a compiled graph, of the longest allowed.
+        `[B, heads, regions, n]` int32, best first, ties by the lowest index, -1 behind the end of a list. n
+        is the length of the longest list, or, in a compiled graph, of the longest allowed.
 
     Raises:
         ValueError: shapes differ, or an argument is out of its range.
