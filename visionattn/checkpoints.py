@@ -118,7 +118,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, object]:
             f"{path} is damaged or holds more than weights; reading it could run code, so it is refused"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no readable checkpoint: {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     return dict(content)

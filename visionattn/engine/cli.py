@@ -48,7 +48,7 @@ def check_requirements(metrics: Mapping[str, float], requirements: Sequence[str]
     """
     failed = []
     for requirement in requirements:
-        parts = re.fullmatch(r"(\w+)\s*(>=|<=)\s*([-+.\deE]+)", requirement.strip())
+        parts = re.fullmatch(r"(\w+)\s*(>=|<=)\s*([-+]?\d+\.?\d*(?:[eE][-+]?\d+)?)", requirement.strip())
         if parts is None:
             raise InputError(
                 f"a requirement reads METRIC>=VALUE or METRIC<=VALUE, but {requirement!r} was given"

@@ -71,10 +71,8 @@ def _in_one_piece(
 ) -> tuple[Tensor, Tensor | None]:
     """All lists at once: the form for compilers, and the one that is differentiable any number of times."""
     rows = _row_numbers(indices, q.shape[3])
-    queries, keys, values = (to_rows(x, region)[:, None] for x in (q, k, v))
-    keys, values = (
-        x.index_select(0, rows.flatten()).view(len(rows), 1, -1, q.shape[4]) for x in (keys, values)
-    )
+    queries, keys, values = (to_rows(x, region) for x in (q, k, v))
+    queries, keys, values = (x[:, None] for x in (queries, *_gather(rows, keys, values)))
     out, lse = _attend(queries, keys, values, pair_bias, scale, return_lse)
     out, lse = out.squeeze(1), None if lse is None else lse.squeeze(1)[..., None]
     return from_rows(out, q, region), None if lse is None else from_rows(lse, q, region).squeeze(-1)
@@ -185,13 +183,13 @@ def _chunked_gradients(
 def _parts(rows: Tensor, keys: Tensor) -> Iterator[slice]:
     """The lists in chunks that gather about a chunk of numbers each."""
     limit = _CPU_CHUNK if keys.device.type == "cpu" else _CHUNK
-    step = max(limit // (rows.shape[1] * keys[0].numel()), 1)
+    step = max(limit // max(rows.shape[1] * keys.shape[1:].numel(), 1), 1)
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 def _gather(rows: Tensor, *tensors: Tensor) -> Iterator[Tensor]:
     """The listed rows of each `[rows, pixels, d]` one after the other: `[lists, topk * pixels, d]`."""
-    return (x.index_select(0, rows.flatten()).view(len(rows), -1, x.shape[2]) for x in tensors)
+    return (x.index_select(0, rows.flatten()).unflatten(0, rows.shape).flatten(1, 2) for x in tensors)
 
 
 def _attend(

@@ -33,7 +33,7 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
         row-major order.
 
     Raises:
-        ValueError: shapes differ, or region_size or topk is not positive.
+        ValueError: shapes differ, the maps are empty or of integers, or region_size or topk is not positive.
     """
     _check_maps("topk_regions", q, k)
     if topk < 1:
@@ -93,7 +93,7 @@ def antidiagonal_regions(
         is the length of the longest list, or, in a compiled graph, of the longest allowed.
 
     Raises:
-        ValueError: shapes differ, or an argument is out of its range.
+        ValueError: shapes differ, the maps are empty or of integers, or an argument is out of its range.
     """
     _check_maps("antidiagonal_regions", q, k)
     if not 0 < threshold <= 1:
@@ -140,4 +140,9 @@ def _check_maps(name: str, q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"{name}: q and k must be [B, H, W, heads, head_dim] of one shape, got "
             f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if not torch.is_floating_point(q) or not all(q.shape[1:]):
+        raise ValueError(
+            f"{name}: q and k must be of a floating-point dtype and only their batch may be empty, got "
+            f"{q.dtype} of shape {tuple(q.shape)}"
         )
