@@ -19,8 +19,8 @@ from ..precision import without_autocast
 from .reference import bias_of_pairs
 from .regions import from_rows, to_rows
 
-# How many numbers of gathered keys are held at a time: on a CPU what the caches take (the best of 2**16 to
-# 2**20 as measured), elsewhere what bounds memory without costing launches.
+# How many numbers of gathered keys or of logits are held at a time: on a CPU what the caches take (the best of
+# 2**16 to 2**20 as measured), elsewhere what bounds memory without costing launches.
 _CPU_CHUNK, _CHUNK = 2**18, 2**26
 
 
@@ -181,9 +181,10 @@ def _chunked_gradients(
 
 
 def _parts(rows: Tensor, keys: Tensor) -> Iterator[slice]:
-    """The lists in chunks that gather about a chunk of numbers each."""
+    """The lists in chunks of about so many numbers each, in gathered keys or, for large regions, in logits."""
     limit = _CPU_CHUNK if keys.device.type == "cpu" else _CHUNK
-    step = max(limit // max(rows.shape[1] * keys.shape[1:].numel(), 1), 1)
+    pixels, dim = keys.shape[1:]
+    step = max(limit // max(rows.shape[1] * pixels * max(pixels, dim), 1), 1)
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
