@@ -19,8 +19,8 @@ from ..precision import without_autocast
 from .reference import bias_of_pairs
 from .regions import from_rows, to_rows
 
-# How many numbers of gathered keys or of logits are held at a time: on a CPU what the caches take (the best of
-# 2**16 to 2**20 as measured), elsewhere what bounds memory without costing launches.
+# How many numbers of gathered keys or of logits are held at a time: on a CPU what the caches take (the best
+# of 2**17 to 2**22 as measured), elsewhere what bounds memory without costing launches.
 _CPU_CHUNK, _CHUNK = 2**18, 2**26
 
 
@@ -181,7 +181,7 @@ def _chunked_gradients(
 
 
 def _parts(rows: Tensor, keys: Tensor) -> Iterator[slice]:
-    """The lists in chunks of about so many numbers each, in gathered keys or, for large regions, in logits."""
+    """The lists in chunks of about so many numbers, in gathered keys or, for large regions, logits."""
     limit = _CPU_CHUNK if keys.device.type == "cpu" else _CHUNK
     pixels, dim = keys.shape[1:]
     step = max(limit // max(rows.shape[1] * pixels * max(pixels, dim), 1), 1)
