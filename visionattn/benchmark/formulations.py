@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from visionattn.models import biformer, hat
+from visionattn.layers import bilevel_routing
+from visionattn.models import hat
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Formulation:
     """How the authors of a family write its attention.
 
     Attributes:
-        module: the model file whose kernels are replaced.
+        module: the file whose kernels are replaced.
         functions: replacements by the names that the file imports.
         sizes: inputs (height, width) that a comparison uses unless told otherwise.
         what: the formulation in a few words.
@@ -171,7 +172,7 @@ def _window_heads(x: Tensor, window: int) -> Tensor:
 
 FORMULATIONS = {
     "biformer": Formulation(
-        biformer,
+        bilevel_routing,
         {"routed_attention": gathered_attention},
         ((224, 224), (448, 448)),
         "gather of keys and values, copies by head, matmul-softmax-matmul",

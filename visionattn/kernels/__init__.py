@@ -8,12 +8,13 @@ from .dispatch import BACKENDS, Choice, explain, use_backend
 from .linear.op import agent_attention, linear_attention
 from .local.op import overlapping_window_attention, window_attention
 from .routed.op import routed_attention
-from .routed.selection import topk_regions
+from .routed.selection import antidiagonal_regions, topk_regions
 
 __all__ = [
     "BACKENDS",
     "Choice",
     "agent_attention",
+    "antidiagonal_regions",
     "explain",
     "linear_attention",
     "overlapping_window_attention",

@@ -12,10 +12,15 @@ def on_nhwc(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def extend_to(x: Tensor, height: int, width: int) -> Tensor:
+    """`[B, height, width, C]` of a smaller `[B, H, W, C]`: zeros on the right and bottom."""
+    bottom, right = height - x.shape[1], width - x.shape[2]
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
 def fill_up(x: Tensor, multiple: tuple[int, int]) -> Tensor:
     """Zeros on the right and bottom of `[B, H, W, C]`, up to multiples of (rows, columns)."""
-    bottom, right = -x.shape[1] % multiple[0], -x.shape[2] % multiple[1]
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    return extend_to(x, *(n * -(-side // n) for n, side in zip(multiple, x.shape[1:3])))
 
 
 def as_tokens(x: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int], int]:

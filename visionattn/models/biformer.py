@@ -19,84 +19,10 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from ..kernels import routed_attention, topk_regions
+from ..layers import BiLevelRoutingAttention
 from ..layers.maps import on_nhwc
 
 __all__ = ["BiFormer"]
-
-
-class BiLevelRoutingAttention(nn.Module):
-    """Bi-level routing attention: every region attends to the `topk` regions of largest affinity.
-
-    Maps whose sides `n_win` does not divide are filled up on the right and bottom, by the rule of one of the
-    two official operators. `pad="input"`: zero pixels before the projection, so that their keys and values
-    are its bias, and they count in the region means. `pad="projected"` (the NCHW operator): regions of
-    `floor(side / n_win)` pixels, hence possibly more than `n_win` a side, zero keys and values, not counted
-    in the means. In both the filled-up pixels take part in the softmax.
-
-    Args:
-        dim: channels.
-        num_heads: attention heads; all heads of a region share its routing.
-        n_win: regions per side.
-        topk: regions that each region attends to, at most all there are.
-        side_dwconv: kernel size of the local enhancement, a depthwise convolution of the values.
-        pad: the rule for other sizes.
-        auto_pad: False refuses sizes that `n_win` does not divide.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        n_win: int = 7,
-        topk: int = 4,
-        side_dwconv: int = 5,
-        pad: Literal["input", "projected"] = "input",
-        auto_pad: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.n_win = n_win
-        self.topk = topk
-        self.pad = pad
-        self.auto_pad = auto_pad
-        # The full width, not the width of a head: the official code scales both levels so.
-        self.scale = dim**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.lepe = nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`.
-
-        Raises:
-            ValueError: a side that cannot be cut into `n_win` regions under the padding rule.
-        """
-        height, width = x.shape[1:3]
-        region = self._region_size(height, width)
-        if self.pad == "input":
-            x = _fill_up(x, self.n_win * region[0], self.n_win * region[1])
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        indices = topk_regions(q, k, region, self.topk)
-        local = on_nhwc(self.lepe, v.flatten(3))
-        if self.pad == "projected":
-            whole = [n * -(-side // n) for n, side in zip(region, (height, width))]
-            q, k, v = (_fill_up(t.flatten(3), *whole).unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        out = routed_attention(q, k, v, indices, region, scale=self.scale, distinct=True).flatten(3)
-        return self.proj(out[:, :height, :width] + local[:, :height, :width])
-
-    def _region_size(self, height: int, width: int) -> tuple[int, int]:
-        n = self.n_win
-        if not self.auto_pad and (height % n or width % n):
-            raise ValueError(f"auto_pad=False needs maps divisible by n_win={n}, got {height}x{width}")
-        if self.pad == "input":
-            return -(-height // n), -(-width // n)
-        if min(height, width) < n:
-            raise ValueError(f"a map of {height}x{width} cannot be cut into n_win={n} regions per side")
-        return height // n, width // n
 
 
 class FullAttention(nn.Module):
@@ -409,12 +335,6 @@ def _downsample(in_dim: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> 
     if patch_conv:
         return nn.Sequential(nn.BatchNorm2d(in_dim, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd))
     return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd))
-
-
-def _fill_up(x: Tensor, height: int, width: int) -> Tensor:
-    """Zeros on the right and bottom of `[B, H, W, C]`."""
-    bottom, right = height - x.shape[1], width - x.shape[2]
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -9,9 +9,15 @@ from torch import Tensor
 
 from ..checks import check_bias, check_qkv, pair
 from ..dispatch import Operator
-from . import pytorch, reference
+from . import library, pytorch, reference
 
-ROUTED_ATTENTION = Operator("routed_attention", reference.routed_attention, pytorch.routed_attention)
+ROUTED_ATTENTION = Operator(
+    "routed_attention",
+    reference.routed_attention,
+    pytorch.routed_attention,
+    library.routed_attention,
+    library.refuses,
+)
 
 
 @overload

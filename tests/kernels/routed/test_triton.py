@@ -1,0 +1,79 @@
+"""The fused routed attention without a GPU: interpreted, and what its compiled kernels take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_tools import TARGETS, Resources, compile_for, run_interpreted
+
+from visionattn.kernels.routed import triton_backward, triton_forward
+
+KERNELS = {
+    "forward": triton_forward.forward_kernel,
+    "query": triton_backward.query_kernel,
+    "key": triton_backward.key_kernel,
+}
+NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+def test_interpreted() -> None:
+    run_interpreted(Path(__file__).with_name("interpreted_triton.py"))
+
+
+def compiled(kernel: str, target: str, dtype: torch.dtype, dim: int, side: int = 8) -> Resources:
+    maps = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+    types = dict.fromkeys(maps, NAMES[dtype])
+    types |= dict.fromkeys(("lists", "starts", "queries"), "*i32")
+    types |= dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32")
+    types["scale"] = "fp32"
+    q = torch.empty(1, side, side, 1, dim, dtype=dtype)
+    options = triton_forward.launch_options(q, (side, side), kernel != "forward", target == "gfx942")
+    integers = [name for name in KERNELS[kernel].arg_names if name not in types and name not in options]
+    types |= dict.fromkeys(integers, "i32")
+    wanted = {name: kind for name, kind in types.items() if name in KERNELS[kernel].arg_names}
+    return compile_for(target, KERNELS[kernel], wanted, options)
+
+
+# Most registers of a thread: on NVIDIA 255 is all there are, 128 lets four programs of 128 threads share a
+# processor; gfx942 counts vector and accumulation registers together, of which there are 512.
+LIMITS = {
+    "forward": {"sm_80": 168, "sm_90": 128, "gfx942": 512},
+    "query": {"sm_80": 168, "sm_90": 128, "gfx942": 512},
+    "key": {"sm_80": 255, "sm_90": 255, "gfx942": 512},
+}
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_compiles_into_registers(kernel: str, target: str) -> None:
+    taken = compiled(kernel, target, torch.float16, 32)
+    assert taken.registers <= LIMITS[kernel][target]
+    assert taken.spilled == 0
+    assert taken.shared <= TARGETS[target][3] // 2
+    assert taken.wgmma == (target == "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [2, 8])
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [
+        (torch.bfloat16, 16),
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 128),
+        (torch.bfloat16, 256),
+        (torch.float32, 32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_other_widths(kernel: str, target: str, dtype: torch.dtype, dim: int, side: int) -> None:
+    taken = compiled(kernel, target, dtype, dim, side)
+    assert taken.spilled <= 32
+    assert taken.shared <= TARGETS[target][3]

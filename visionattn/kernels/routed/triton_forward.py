@@ -1,0 +1,196 @@
+"""The fused forward pass of routed attention: keys and values are streamed by region number, never gathered.
+
+One program computes a tile of one query region. The keys of its list form one long row, `topk` times the
+pixels of a region; every step takes the next keys of that row, wherever on the map their regions lie, so that
+small regions share a tile. This file and `triton_backward.py` are imported only when a kernel runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def place(program, heads, regions, pixels, TILE: tl.constexpr):
+    """Which image (int64), head, region and first pixel of the region a program works on."""
+    tiles = tl.cdiv(pixels, TILE)
+    first = program % tiles * TILE
+    region = program // tiles % regions
+    head = program // (tiles * regions) % heads
+    return (program // (tiles * regions * heads)).to(tl.int64), head, region, first
+
+
+@triton.jit
+def position(region, pixel, height, width, region_h, region_w, regions_x):
+    """Row and column of a pixel of a region, and whether it lies on the map."""
+    y = region // regions_x * region_h + pixel // region_w
+    x = region % regions_x * region_w + pixel % region_w
+    return y, x, (y < height) & (x < width)
+
+
+@triton.jit
+def load_rows(base, offset, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Vectors `[rows, BLOCK_D]` at these offsets, zero where not valid and beyond the head's width."""
+    dim = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    return tl.load(base + offset[:, None] + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offset, valid, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write what `load_rows` reads."""
+    dim = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(base + offset[:, None] + dim[None, :], rows.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def forward_kernel(
+    q,
+    k,
+    v,
+    lists,
+    out,
+    lse,
+    scale,
+    stride_b,
+    stride_y,
+    stride_x,
+    stride_h,
+    list_stride_b,
+    list_stride_h,
+    heads,
+    height,
+    width,
+    region_h,
+    region_w,
+    regions_x,
+    regions,
+    topk,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Output and log-sum-exp of one tile of queries."""
+    pixels = region_h * region_w
+    batch, head, region, first = place(tl.program_id(0), heads, regions, pixels, BLOCK_Q)
+    pixel = first + tl.arange(0, BLOCK_Q)
+    y, x, valid = position(region, pixel, height, width, region_h, region_w, regions_x)
+    valid = valid & (pixel < pixels)
+    begin = batch * stride_b + head * stride_h
+    query = load_rows(q + begin, y * stride_y + x * stride_x, valid, HEAD_DIM, BLOCK_D)
+    lists += batch * list_stride_b + head * list_stride_h + region * topk
+
+    best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in range(0, topk * pixels, BLOCK_K):
+        number = start + tl.arange(0, BLOCK_K)
+        listed = tl.load(lists + number // pixels, mask=number < topk * pixels, other=-1)
+        key_y, key_x, seen = position(listed, number % pixels, height, width, region_h, region_w, regions_x)
+        seen = seen & (listed >= 0)
+        offset = key_y * stride_y + key_x * stride_x
+        key = load_rows(k + begin, offset, seen, HEAD_DIM, BLOCK_D)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        new_best = tl.maximum(best, tl.max(logits, 1))
+        # As long as no key was seen, everything is -inf, and -inf - -inf is not a number.
+        finite = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2(logits - finite[:, None])
+        shrink = tl.exp2(best - finite)
+        total = total * shrink + tl.sum(weights, 1)
+        value = load_rows(v + begin, offset, seen, HEAD_DIM, BLOCK_D)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+        best = new_best
+
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    row = (y * width + x) * heads + head
+    image = batch * height * width * heads
+    store_rows(out + image * HEAD_DIM, row * HEAD_DIM, valid, acc / total[:, None], HEAD_DIM, BLOCK_D)
+    tl.store(lse + image + row, tl.where(empty, float("-inf"), (best + tl.log2(total)) * LN_2), mask=valid)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, region: tuple[int, int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, W, heads, d]`, log-sum-exp `[B, H, W, heads]` float32; arguments as in `library.py`."""
+    q, k, v = equally_strided(q, k, v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
+    options = {**geometry(q, indices, region), **launch_options(q, region)}
+    grid = (num_programs(q, region, options["BLOCK_Q"]),)
+    forward_kernel[grid](q, k, v, indices, out, lse, scale, **options)
+    return out, lse
+
+
+def equally_strided(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors themselves where they share strides and heads are dense, as views of a projection are."""
+    strides = tensors[0].stride()
+    if strides[-1] == 1 and all(x.stride() == strides for x in tensors):
+        return tensors
+    return tuple(x.contiguous() for x in tensors)
+
+
+def geometry(q: Tensor, indices: Tensor, region: tuple[int, int]) -> dict[str, Any]:
+    """The integers that all kernels take."""
+    height, width, heads = q.shape[1:4]
+    regions, topk = indices.shape[2:]
+    return {
+        **dict(zip(("stride_b", "stride_y", "stride_x", "stride_h"), q.stride())),
+        "list_stride_b": indices.stride(0),
+        "list_stride_h": indices.stride(1) if indices.shape[1] > 1 else 0,
+        "heads": heads,
+        "height": height,
+        "width": width,
+        "region_h": region[0],
+        "region_w": region[1],
+        "regions_x": -(-width // region[1]),
+        "regions": regions,
+        "topk": topk,
+    }
+
+
+def num_programs(q: Tensor, region: tuple[int, int], tile: int) -> int:
+    """Tiles of all regions, heads and images."""
+    batch, height, width, heads, _ = q.shape
+    regions = -(-height // region[0]) * -(-width // region[1])
+    return batch * heads * regions * -(-(region[0] * region[1]) // tile)
+
+
+def launch_options(
+    q: Tensor, region: tuple[int, int], backward: bool = False, hip: bool = torch.version.hip is not None
+) -> dict[str, Any]:
+    """Tiles, warps and precision for these shapes.
+
+    `BLOCK_Q` vectors of a region are a program's own, `BLOCK_K` at a time are streamed. Chosen so that the
+    compiled kernels keep their numbers in registers; the tests assert it.
+    """
+    dim = max(16, triton.next_power_of_2(q.shape[4]))
+    single = q.dtype == torch.float32
+    # Products in float32 do not run on matrix units and take registers for their operands.
+    widest = 32 if dim > 128 or single else 64
+    own = min(max(16, triton.next_power_of_2(region[0] * region[1])), widest)
+    if own < 64:
+        warps = 4 if dim > 64 or single else 2
+    else:
+        warps = 4 if hip or dim <= (32 if backward else 64) else 8
+    return {
+        "HEAD_DIM": q.shape[4],
+        "BLOCK_D": dim,
+        "BLOCK_Q": own,
+        "BLOCK_K": 32 if dim > 64 or single else 64,
+        "PRECISION": "ieee" if single and not torch.backends.cuda.matmul.allow_tf32 else "tf32",
+        "num_warps": warps,
+        "num_stages": 1 if dim > 64 or single else 2,
+    }
