@@ -5,7 +5,13 @@ environment variable `VISIONATTN_BACKEND` forces one.
 """
 
 from .dispatch import BACKENDS, Choice, explain, use_backend
-from .local.op import overlapping_window_attention, window_attention
+from .local.op import (
+    grid_attention,
+    neighborhood_attention,
+    overlapping_window_attention,
+    window_attention,
+)
+from .merge import merge_attention
 from .routed.op import routed_attention
 from .routed.selection import topk_regions
 
@@ -13,6 +19,9 @@ __all__ = [
     "BACKENDS",
     "Choice",
     "explain",
+    "grid_attention",
+    "merge_attention",
+    "neighborhood_attention",
     "overlapping_window_attention",
     "routed_attention",
     "topk_regions",
