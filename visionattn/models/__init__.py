@@ -3,5 +3,6 @@
 from ._restoration import RestorationInfo
 from .biformer import BiFormer
 from .hat import HAT
+from .nat import NAT
 
-__all__ = ["HAT", "BiFormer", "RestorationInfo"]
+__all__ = ["HAT", "NAT", "BiFormer", "RestorationInfo"]
