@@ -250,21 +250,6 @@ def test_vmap_and_per_sample_gradients() -> None:
     torch.testing.assert_close(per_sample[:, 0], whole)
 
 
-def test_compiles_whole() -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return neighborhood_attention(q, k, v, 5, dilation=2)
-
-    torch.compiler.reset()
-    compiled = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")
-    for size in ((20, 21),):
-        q, k, v = (t.clone().requires_grad_() for t in inputs(1, *size, 2, 8, torch.float32))
-        out = compiled(q, k, v)
-        torch.testing.assert_close(out, attend(q, k, v))
-        torch.testing.assert_close(
-            torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
-        )
-
-
 def test_exports_with_dynamic_batch() -> None:
     class Attention(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..checks import check_qkv, pair
 from ..dispatch import Operator
-from . import pytorch, reference
+from . import reference
+from .library import torch_attention
 from .pattern import (
     Border,
     Pattern,
@@ -29,7 +30,7 @@ from .pattern import (
     window_axis,
 )
 
-LOCAL_ATTENTION = Operator("local_attention", reference.local_attention, pytorch.local_attention)
+LOCAL_ATTENTION = Operator("local_attention", reference.local_attention, torch_attention)
 
 
 def window_attention(
@@ -245,7 +246,9 @@ def neighborhood_attention(
                 f"{name}: kernel_size {n} with dilation {e} needs a {side} of at least {n * e}, got {size}; "
                 f"pad the map by {n * e - size} pixels or choose a smaller kernel or dilation"
             )
-    y, x = (neighborhood_axis(*numbers) for numbers in zip(sides, kernel, strides, dilations, causal))
+    y, x = (
+        neighborhood_axis(*numbers) for numbers in zip(sides, kernel, strides, dilations, map(bool, causal))
+    )
     out, lse = _local_attention(name, q, k, v, Pattern(y, x), bias, scale, return_lse)
     return out if lse is None else (out, lse)
 

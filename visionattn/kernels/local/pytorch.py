@@ -8,7 +8,7 @@ time under a mask that is the same for all tiles but those at the border.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -28,7 +28,7 @@ _ONE_TILE = 16
 _MIN_BLOCK = 4
 
 
-def local_attention(
+def tiled_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -40,15 +40,26 @@ def local_attention(
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
     if any(pattern.padding):
         k, v = F.pad(k, pattern.padding), F.pad(v, pattern.padding)
+
+    def attend_group(group: Pattern, *maps: Tensor) -> tuple[Tensor, ...]:
+        return _attend_tiles(group, bias, scale, return_lse, *maps)
+
+    out, *lse = by_groups(pattern, (q, k, v), attend_group)
+    return out, lse[0].squeeze(-1) if lse else None
+
+
+def by_groups(
+    pattern: Pattern, maps: Sequence[Tensor], function: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Maps `[B, H, W, heads, d]` of a pattern from `function(undilated pattern, *maps of its group)`."""
     rows = []
     for y in pattern.y.groups():
         row = []
         for x in pattern.x.groups():
-            maps = (_take_groups(_take_groups(t, y, pattern.y, 1), x, pattern.x, 2) for t in (q, k, v))
-            row.append(_attend_tiles(*maps, Pattern(y.axis, x.axis), bias, scale, return_lse))
+            parts = (_take_groups(_take_groups(t, y, pattern.y, 1), x, pattern.x, 2) for t in maps)
+            row.append(function(Pattern(y.axis, x.axis), *parts))
         rows.append(_interleave(row, pattern.x, 2))
-    out, *lse = _interleave(rows, pattern.y, 1)
-    return out, lse[0].squeeze(-1) if lse else None
+    return _interleave(rows, pattern.y, 1)
 
 
 def _take_groups(x: Tensor, group: Group, axis: Axis, dim: int) -> Tensor:
@@ -83,31 +94,36 @@ def _interleave(parts: list[tuple[Tensor, ...]], axis: Axis, dim: int) -> tuple[
 
 
 def _attend_tiles(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, scale: float, return_lse: bool
+    pattern: Pattern, bias: Tensor | None, scale: float, return_lse: bool, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, ...]:
     """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`."""
-    runs_y, runs_x = (axis.runs(_blocks_per_tile(axis)) for axis in (pattern.y, pattern.x))
-    queries = _tiles(q, [(r, r.query) for r in runs_y], [(r, r.query) for r in runs_x])
-    keys, values = (_tiles(t, [(r, r.key) for r in runs_y], [(r, r.key) for r in runs_x]) for t in (k, v))
-    biases = _biases(bias, pattern, runs_y, runs_x, q)
+    runs_y, runs_x = (axis.runs(blocks_per_tile(axis)) for axis in (pattern.y, pattern.x))
+    queries = tiles(q, [(r, r.query) for r in runs_y], [(r, r.query) for r in runs_x])
+    keys, values = (tiles(t, [(r, r.key) for r in runs_y], [(r, r.key) for r in runs_x]) for t in (k, v))
+    biases = run_biases(bias, pattern, runs_y, runs_x, q)
     outs = []
     for (y, x), *args in zip(product(runs_y, runs_x), queries, keys, values, biases):
-        tiles = attend_lse(*args, scale) if return_lse else (attend(*args, scale),)
-        outs.append(tuple(_untile(t if t.dim() == 4 else t[..., None], q.shape[0], y, x) for t in tiles))
-    width = len(runs_x)
+        results = attend_lse(*args, scale) if return_lse else (attend(*args, scale),)
+        outs.append(tuple(untile(t if t.dim() == 4 else t[..., None], q.shape[0], y, x) for t in results))
+    return cat_tiles(outs, len(runs_x))
+
+
+def cat_tiles(parts: list[tuple[Tensor, ...]], width: int) -> tuple[Tensor, ...]:
+    """Whole maps from their rectangles in row-major order, `width` in a row."""
     return tuple(
-        _cat([_cat(list(parts[i : i + width]), 2) for i in range(0, len(parts), width)], 1)
-        for parts in zip(*outs)
+        _cat([_cat(list(column[i : i + width]), 2) for i in range(0, len(column), width)], 1)
+        for column in zip(*parts)
     )
 
 
-def _blocks_per_tile(axis: Axis) -> int:
+def blocks_per_tile(axis: Axis) -> int:
+    """How many blocks of an axis are computed together."""
     if axis.window >= _MIN_BLOCK:
         return 1
     return axis.num_blocks if axis.length <= _ONE_TILE else _TILE // axis.window
 
 
-def _tiles(
+def tiles(
     x: Tensor, spans_y: Sequence[tuple[Run, Span]], spans_x: Sequence[tuple[Run, Span]]
 ) -> list[Tensor]:
     """Rectangles `[B * tiles, heads, pixels, d]` of `[B, H, W, heads, d]` for every pair of runs."""
@@ -168,8 +184,8 @@ class _Slide(torch.autograd.Function):
         return total, None, None, None
 
 
-def _untile(out: Tensor, batch: int, y: Run, x: Run) -> Tensor:
-    """The inverse of `_tiles` for query rectangles: `[B, rows, columns, heads, d]`."""
+def untile(out: Tensor, batch: int, y: Run, x: Run) -> Tensor:
+    """The inverse of `tiles` for query rectangles: `[B, rows, columns, heads, d]`."""
     out = out.transpose(1, 2).unflatten(1, (y.query.length, x.query.length))
     out = out.unflatten(0, (batch, y.count, x.count)).transpose(2, 3)
     return out.flatten(1, 2).flatten(2, 3)
@@ -179,14 +195,14 @@ def _cat(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _biases(
+def run_biases(
     bias: Tensor | None, pattern: Pattern, runs_y: list[Run], runs_x: list[Run], q: Tensor
 ) -> list[Tensor | None]:
     """What is added to the logits of the tiles of every pair of runs: bias, and -inf for absent keys."""
     if bias is None and not any(run.masked for run in (*runs_y, *runs_x)):
         return [None] * (len(runs_y) * len(runs_x))
     seen = [
-        [axis.visibility(*_pixels(run, axis, q.device)) for run in runs]
+        [axis.visibility(*run_pixels(run, axis, q.device)) for run in runs]
         for axis, runs in ((pattern.y, runs_y), (pattern.x, runs_x))
     ]
     absent = [[q.new_zeros(s[0].shape).masked_fill(~s[0], float("-inf")) for s in axis] for axis in seen]
@@ -207,7 +223,7 @@ def _biases(
     return biases
 
 
-def _pixels(run: Run, axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
+def run_pixels(run: Run, axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
     """Queries and keys of the first tile of a run, as `Axis.visibility` counts them."""
     key = run.key.start - axis.key_padding[0]
     return (
