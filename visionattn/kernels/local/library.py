@@ -134,18 +134,17 @@ def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Second derivatives, from the differentiable tiles."""
-    grad, grad_lse, q, k, v, bias = (
-        None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
-    )
+    saved: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    grad, grad_lse, q, k, v, bias = saved
     with torch.enable_grad():
         pattern = decode(ctx.geometry, q)
         out, lse = tiled_attention(q, k, v, pattern, bias, ctx.scale, grad_lse is not None)
         outs, weights = ([out], [grad]) if lse is None else ([out, lse], [grad, grad_lse])
-        inputs = [q, k, v] if bias is None else [q, k, v, bias]
+        inputs: list[Tensor] = [q, k, v] if bias is None else [q, k, v, bias]
         first = torch.autograd.grad(outs, inputs, weights, create_graph=True)
-        leaves = [t for t in (grad, grad_lse, *inputs) if t is not None]
+        leaves: list[Tensor] = [t for t in saved if t is not None]
         second = iter(torch.autograd.grad(first, leaves, grads[: len(inputs)], allow_unused=True))
-    return (*(None if t is None else next(second) for t in (grad, grad_lse, q, k, v, bias)), None, None)
+    return (*(None if t is None else next(second) for t in saved), None, None)
 
 
 def _flops(q_shape: tuple[int, ...], geometry: list[int], products: int) -> int:

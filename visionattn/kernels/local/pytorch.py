@@ -102,8 +102,12 @@ def _attend_tiles(
     keys, values = (tiles(t, [(r, r.key) for r in runs_y], [(r, r.key) for r in runs_x]) for t in (k, v))
     biases = run_biases(bias, pattern, runs_y, runs_x, q)
     outs = []
-    for (y, x), *args in zip(product(runs_y, runs_x), queries, keys, values, biases):
-        results = attend_lse(*args, scale) if return_lse else (attend(*args, scale),)
+    for (y, x), q_tile, k_tile, v_tile, tile_bias in zip(
+        product(runs_y, runs_x), queries, keys, values, biases
+    ):
+        run = attend_lse if return_lse else attend
+        results = run(q_tile, k_tile, v_tile, tile_bias, scale)
+        results = results if isinstance(results, tuple) else (results,)
         outs.append(tuple(untile(t if t.dim() == 4 else t[..., None], q.shape[0], y, x) for t in results))
     return cat_tiles(outs, len(runs_x))
 

@@ -73,8 +73,9 @@ def _tiles_backward(
     biases = run_biases(bias, pattern, runs_y, runs_x, q)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     parts = []
-    for (y, x), *args in zip(product(runs_y, runs_x), queries, keys, values, biases, grads, lse_grads):
-        tile_dq, tile_dk, tile_dv, dlogits = _dense_backward(*args, scale)
+    operands = zip(queries, keys, values, biases, grads, lse_grads)
+    for (y, x), operand in zip(product(runs_y, runs_x), operands):
+        tile_dq, tile_dk, tile_dv, dlogits = _dense_backward(scale, *operand)
         parts.append((untile(tile_dq, q.shape[0], y, x),))
         _add_tiles(dk, tile_dk, y, x)
         _add_tiles(dv, tile_dv, y, x)
@@ -84,13 +85,13 @@ def _tiles_backward(
 
 
 def _dense_backward(
+    scale: float,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
     grad: Tensor,
     grad_lse: Tensor | None,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v `[N, heads, n, d]` and of the logits `[N, heads, nq, nk]`."""
     q = q * scale
