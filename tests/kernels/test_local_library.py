@@ -101,6 +101,24 @@ def test_opcheck(bias: str, return_lse: bool) -> None:
     torch.library.opcheck(backward, (grad, grad_lse, *inputs, encode(pattern), 0.3))
 
 
+def test_vmap_over_maps_and_biases() -> None:
+    pattern = PATTERNS["tiles"]
+    q, k, v, table = (None if t is None else t.detach() for t in sample(pattern, "table"))
+    assert table is not None
+    maps, tables = torch.stack([q, k, v]), torch.stack([table, 2 * table, -table])
+
+    def attend(q: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        return local_attention(q, k, v, table, encode(pattern), 0.3, True)
+
+    def differentiate(q: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        return backward(k, None, q, k, v, table, encode(pattern), 0.3)
+
+    for function in (attend, differentiate):
+        samples = [function(m, t) for m, t in zip(maps, tables)]
+        expected = tuple(torch.stack(parts) for parts in zip(*samples))
+        torch.testing.assert_close(torch.vmap(function)(maps, tables), expected)
+
+
 @pytest.mark.parametrize(
     "attend",
     [

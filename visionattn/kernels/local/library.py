@@ -7,6 +7,7 @@ of PyTorch can enter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -176,6 +177,22 @@ def _backward_flops(
     return _flops(q, geometry, products=5)
 
 
+def _one_by_one(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """The rule for `torch.vmap`: gradients of the bias are per sample and cannot share a batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
+        samples = []
+        for i in range(info.batch_size):
+            pairs = zip(args, in_dims)
+            samples.append(operator(*(a.select(d, i) if isinstance(d, int) else a for a, d in pairs)))
+        outs = tuple(torch.stack(parts) for parts in zip(*samples))
+        return outs, (0,) * len(outs)
+
+    return rule
+
+
+local_attention.register_vmap(_one_by_one(local_attention))
+backward.register_vmap(_one_by_one(backward))
 local_attention.register_autograd(_differentiate, setup_context=_keep)
 backward.register_autograd(_differentiate_twice, setup_context=_keep_backward)
 
