@@ -203,18 +203,20 @@ def run_biases(
     bias: Tensor | None, pattern: Pattern, runs_y: list[Run], runs_x: list[Run], q: Tensor
 ) -> list[Tensor | None]:
     """What is added to the logits of the tiles of every pair of runs: bias, and -inf for absent keys."""
-    if bias is None and not any(run.masked for run in (*runs_y, *runs_x)):
-        return [None] * (len(runs_y) * len(runs_x))
-    seen = [
-        [axis.visibility(*run_pixels(run, axis, q.device)) for run in runs]
-        for axis, runs in ((pattern.y, runs_y), (pattern.x, runs_x))
+    is_dense = bias is not None and bias.shape[1:] != pattern.table_shape
+    seen: list[list[tuple[Tensor, ...]]] = [[], []]
+    # Whole blocks need neither a mask nor a gather, so nothing is written out for windows.
+    if any(run.masked or (run.blocks > 1 and is_dense) for run in (*runs_y, *runs_x)):
+        for pairs, axis, runs in ((seen[0], pattern.y, runs_y), (seen[1], pattern.x, runs_x)):
+            pairs += [axis.visibility(*run_pixels(run, axis, q.device)) for run in runs]
+    absent = [
+        [q.new_zeros(visible.shape).masked_fill(~visible, float("-inf")) for visible, *_ in pairs]
+        for pairs in seen
     ]
-    absent = [[q.new_zeros(s[0].shape).masked_fill(~s[0], float("-inf")) for s in axis] for axis in seen]
     biases = []
-    for i, j in product(range(len(runs_y)), range(len(runs_x))):
-        y, x = runs_y[i], runs_x[j]
+    for (i, y), (j, x) in product(enumerate(runs_y), enumerate(runs_x)):
         total = None
-        if bias is not None and bias.shape[1:] == pattern.table_shape:
+        if bias is not None and not is_dense:
             total = _from_table(bias, pattern, y, x)
         elif bias is not None and y.blocks == x.blocks == 1:
             total = _from_block(bias, pattern, y, x)
