@@ -1,10 +1,10 @@
 """Vision backbones and restoration networks with 2-D attention, registered with timm.
 
-    >>> import timm, visionattn
-    >>> net = timm.create_model("biformer_tiny", features_only=True)
-    >>> sr = timm.create_model("hat_x4")
-    >>> visionattn.load_checkpoint(sr, "HAT_SRx4.pth")
-    >>> y = visionattn.kernels.window_attention(q, k, v, window_size=7)
+>>> import timm, visionattn
+>>> net = timm.create_model("biformer_tiny", features_only=True)
+>>> sr = timm.create_model("hat_x4")
+>>> visionattn.load_checkpoint(sr, "HAT_SRx4.pth")
+>>> y = visionattn.kernels.window_attention(q, k, v, window_size=7)
 """
 
 from . import kernels, models

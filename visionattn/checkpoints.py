@@ -1,7 +1,7 @@
 """Read, convert, load and save network weights.
 
-Every family's file in `models/` knows how the authors named its parameters (`checkpoint_filter_fn`); here stands
-what is common to all: reading without running code, unwrapping, and saying exactly what does not fit.
+Every family's file in `models/` knows how the authors named its parameters (`checkpoint_filter_fn`); here
+stands what is common to all: reading without running code, unwrapping, and saying exactly what does not fit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models._features import FeatureGetterNet
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -53,14 +53,14 @@ def load_checkpoint(
     """Load weights into a model of the zoo: the authors' files and our own.
 
     Wrappers (`params_ema`, `model`, ...) and the prefix `module.` are removed, the family's names converted,
-    stored index and mask buffers dropped. A model without a classifier, or made with `features_only=True`, takes
-    a full checkpoint: weights of the parts it was built without are left out.
+    stored index and mask buffers dropped. A model without a classifier, or made with `features_only=True`,
+    takes a full checkpoint: weights of the parts it was built without are left out.
 
     Args:
         model: a network from `timm.create_model`; nothing in it changes unless the load succeeds.
         source: a `.safetensors` or PyTorch file, or a state dict.
-        strict: refuse a checkpoint with anything missing, unexpected or of another shape. If False, what fits is
-            loaded.
+        strict: refuse a checkpoint with anything missing, unexpected or of another shape. If False, what
+            fits is loaded.
 
     Returns:
         What did not fit; empty when strict.
@@ -118,7 +118,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, object]:
             f"{path} is damaged or holds more than weights; reading it could run code, so it is refused"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no readable checkpoint: {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     return dict(content)
@@ -153,9 +154,12 @@ def save_checkpoint(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    weights = {name: value.contiguous() for name, value in unwrap_model(model).state_dict().items()}
+    # Clones, because safetensors refuses tensors that share memory (tied weights).
+    state = unwrap_model(model).state_dict()
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     try:
-        save_file(weights, beside, metadata={"format": "pt", **(metadata or {})})
+        # Not save_file, whose files only their owner can read.
+        beside.write_bytes(save(weights, {"format": "pt", **(metadata or {})}))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -167,7 +171,7 @@ def _is_index(name: str, value: Tensor) -> bool:
 
 
 def _is_left_out(network: nn.Module, name: str, features_only: bool) -> bool:
-    """Whether a parameter belongs to a part that was replaced by an identity, or to a stage that was cut off."""
+    """Whether a parameter belongs to a part replaced by an identity, or to a stage that was cut off."""
     module = network
     for part in name.split(".")[:-1]:
         child = dict(module.named_children()).get(part)

@@ -1,7 +1,7 @@
 """2-D attention as functions on tensors: torch only, and Triton where a fused kernel runs.
 
-Layout, bias and scale: `local/op.py`. Which implementation a call runs and why: `explain`; `use_backend` or the
-environment variable `VISIONATTN_BACKEND` forces one.
+Layout, bias and scale: `local/op.py`. Which implementation a call runs and why: `explain`; `use_backend` or
+the environment variable `VISIONATTN_BACKEND` forces one.
 """
 
 from .dispatch import BACKENDS, Choice, explain, use_backend

@@ -26,8 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     """
     inputs = (q, k, v) if bias is None else (q, k, v, bias)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-        # PyTorch falls back to its slow path for a mask that requires a gradient, even under no_grad, and for a
-        # mask of three axes.
+        # PyTorch falls back to its slow path for a mask that requires a gradient, even under no_grad, and
+        # for a mask of three axes.
         mask = None if bias is None else bias.detach().to(q.dtype)[(None,) * (4 - bias.dim())]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     logits = _logits(q, k, bias, scale)

@@ -1,8 +1,9 @@
 """Which implementation of an operator runs, how to force one, and why.
 
-Every operator has up to three implementations: `reference` (the formula, the specification that the others are
-tested against), `torch` (fast plain PyTorch, any device) and `triton` (fused, CUDA or ROCm). The choice is made
-per call from device, shape and dtype; `use_backend` or the environment variable `VISIONATTN_BACKEND` forces one.
+Every operator has up to three implementations: `reference` (the formula, the specification that the others
+are tested against), `torch` (fast plain PyTorch, any device) and `triton` (fused, CUDA or ROCm). The choice
+is made per call from device, shape and dtype; `use_backend` or the environment variable `VISIONATTN_BACKEND`
+forces one.
 """
 
 from __future__ import annotations

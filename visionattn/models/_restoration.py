@@ -57,6 +57,5 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 def build_restoration(model_cls: type, variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm's `build_model_with_cfg` for a network without a classifier."""
-    return build_model_with_cfg(
-        model_cls, variant, pretrained, kwargs_filter=("num_classes", "global_pool"), **kwargs
-    )
+    classifier_options: Any = ("num_classes", "global_pool")
+    return build_model_with_cfg(model_cls, variant, pretrained, kwargs_filter=classifier_options, **kwargs)

@@ -27,11 +27,11 @@ __all__ = ["BiFormer"]
 class BiLevelRoutingAttention(nn.Module):
     """Bi-level routing attention: every region attends to the `topk` regions of largest affinity.
 
-    Maps whose sides `n_win` does not divide are filled up on the right and bottom, by the rule of one of the two
-    official operators. `pad="input"`: zero pixels before the projection, so that their keys and values are its
-    bias, and they count in the region means. `pad="projected"` (the NCHW operator): regions of `floor(side /
-    n_win)` pixels, hence possibly more than `n_win` a side, zero keys and values, not counted in the means. In
-    both the filled-up pixels take part in the softmax.
+    Maps whose sides `n_win` does not divide are filled up on the right and bottom, by the rule of one of the
+    two official operators. `pad="input"`: zero pixels before the projection, so that their keys and values
+    are its bias, and they count in the region means. `pad="projected"` (the NCHW operator): regions of
+    `floor(side / n_win)` pixels, hence possibly more than `n_win` a side, zero keys and values, not counted
+    in the means. In both the filled-up pixels take part in the softmax.
 
     Args:
         dim: channels.
@@ -135,7 +135,7 @@ class FullAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise position convolution (optional), attention, MLP: three residual branches on `[B, H, W, C]`."""
+    """Position convolution (optional), attention, MLP: three residual branches on `[B, H, W, C]`."""
 
     def __init__(
         self,
@@ -263,12 +263,10 @@ class BiFormer(nn.Module):
         self.head = ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, **dd)
         self.apply(_init_weights)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
         return set()
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers for layer-wise decay."""
         blocks = r"^stages\.(\d+)"
@@ -279,13 +277,12 @@ class BiFormer(nn.Module):
         ]
         return {"stem": r"^stem", "blocks": blocks if coarse else fine}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of storing what they hold."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The final linear layer."""
         return self.head.fc
@@ -315,8 +312,8 @@ class BiFormer(nn.Module):
             intermediates_only: return the stage outputs alone.
 
         Returns:
-            Stage outputs `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next stage
-            sees the map before it), preceded by the final features unless `intermediates_only`.
+            Stage outputs `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next
+            stage sees the map before it), preceded by the final features unless `intermediates_only`.
 
         Raises:
             ValueError: another `output_fmt`, or an input that is too small.
@@ -434,8 +431,8 @@ def _init_weights(module: nn.Module) -> None:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: BiFormer) -> dict[str, Tensor]:
     """Rename the official parameters to ours; our own names pass unchanged.
 
-    The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer is 2
-    or 3, and the NCHW operator holds its projections as 1x1 convolutions under names of its own.
+    The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer
+    is 2 or 3, and the NCHW operator holds its projections as 1x1 convolutions under names of its own.
     """
     state_dict = state_dict.get("model", state_dict)
     renames = [

@@ -69,8 +69,8 @@ class WindowAttention(nn.Module):
         num_heads: attention heads.
         window_size: side of a window of queries in pixels.
         shift: where windows begin.
-        overlap: pixels by which the window of keys reaches beyond that of the queries on every side. Keys beyond
-            the image are zero vectors that take part in the softmax, as in the official code.
+        overlap: pixels by which the window of keys reaches beyond that of the queries on every side. Keys
+            beyond the image are zero vectors that take part in the softmax, as in the official code.
         qkv_bias: whether the projection to queries, keys and values has a bias.
     """
 
@@ -110,8 +110,8 @@ class WindowAttention(nn.Module):
 class Block(nn.Module):
     """Attention, beside it optionally channel attention, then an MLP; residual branches on `[B, H, W, C]`.
 
-    With channel attention it is HAT's hybrid attention block (HAB), with overlapping windows and without channel
-    attention its overlapping cross-attention block (OCAB).
+    With channel attention it is HAT's hybrid attention block (HAB), with overlapping windows and without
+    channel attention its overlapping cross-attention block (OCAB).
 
     Args:
         dim: channels.
@@ -179,9 +179,9 @@ class Group(nn.Module):
 class HAT(nn.Module):
     """HAT for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
 
-    Inputs are reflect-padded on the right and bottom to a multiple of the window, and the output is cropped, as
-    the official evaluation does. Global means in the channel attention make the result depend on the whole
-    image: tiles give other numbers.
+    Inputs are reflect-padded on the right and bottom to a multiple of the window, and the output is cropped,
+    as the official evaluation does. Global means in the channel attention make the result depend on the
+    whole image: tiles give other numbers.
 
     Args:
         in_chans: image channels; the mean colour is subtracted for 3 only.
@@ -197,7 +197,8 @@ class HAT(nn.Module):
         mlp_ratio: hidden width of the MLPs as a multiple of `embed_dim`.
         qkv_bias: bias of the query, key and value projections.
         img_range: factor on the image before the network, undone after it.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0 (0.1 in official training).
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 (0.1 in official
+            training).
 
     Attributes:
         info: what tools need to know to run it.
@@ -230,7 +231,8 @@ class HAT(nn.Module):
         overlap, odd = divmod(int(window_size * overlap_ratio), 2)
         if odd or not overlap:
             raise ValueError(
-                f"window_size * overlap_ratio must be an even number of pixels, got {window_size} * {overlap_ratio}"
+                "window_size * overlap_ratio must be an even number of pixels, "
+                f"got {window_size} * {overlap_ratio}"
             )
         self.in_chans = in_chans
         self.num_classes = 0
@@ -275,12 +277,10 @@ class HAT(nn.Module):
         self.conv_last = nn.Conv2d(64, in_chans, 3, padding=1, **dd)
         self.apply(_init_weights)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed: the bias tables."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers for layer-wise decay."""
         blocks = r"^layers\.(\d+)"
@@ -291,20 +291,20 @@ class HAT(nn.Module):
         ]
         return {"stem": r"^(?:conv_first|embed_norm)", "blocks": blocks if coarse else fine}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of storing what they hold."""
-        for group in self.layers:
-            group.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Group):
+                module.grad_checkpointing = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised images `[B, in_chans, H, W]`, sides multiples of the window, to `[B, embed_dim, H, W]`."""
+        """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`."""
         first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
         y = self.norm(self.layers(self.embed_norm(first.permute(0, 2, 3, 1))))
         return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
 
     def forward(self, x: Tensor) -> Tensor:
-        """Low-resolution images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
 
         Raises:
             ValueError: an image too small to be padded; the message says the smallest size.
@@ -339,9 +339,9 @@ def _init_weights(module: nn.Module) -> None:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: HAT) -> dict[str, Tensor]:
     """Rename the official parameters to ours; our own names pass unchanged.
 
-    Bias tables become `[heads, rows, columns]`, key minus query. The official window tables are query minus key;
-    the official overlapping tables are indexed with an offset that makes some indices negative, so that they
-    wrap round the end of the table.
+    Bias tables become `[heads, rows, columns]`, key minus query. The official window tables are query minus
+    key; the official overlapping tables are indexed with an offset that makes some indices negative, so that
+    they wrap round the end of the table.
     """
     for wrapper in ("params_ema", "params"):
         state_dict = state_dict.get(wrapper, state_dict)
@@ -405,8 +405,9 @@ def _psnr(*values: float) -> str:
 
 _MIRROR = "https://huggingface.co/Acly/hat/resolve/main/"
 
-# Tags name the training: `df2k` from scratch, `imagenet_df2k` pretrained on ImageNet, `real_gan` for photographs.
-# The authors share a folder, which cannot be loaded from; two of its files have a mirror with one address each.
+# Tags name the training: `df2k` from scratch, `imagenet_df2k` pretrained on ImageNet, `real_gan` for
+# photographs. The authors share a folder, from which nothing can be loaded directly; two of its files have a
+# mirror with an address each.
 default_cfgs = generate_default_cfgs(
     {
         "hat_s_x2.df2k": _cfg(),

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args, overload
 
-import torch
 from torch import Tensor
 
-from ..checks import check_qkv, pair
+from ..checks import check_bias, check_qkv, pair
 from ..dispatch import Operator
 from . import reference
 from .library import torch_attention
@@ -264,21 +263,8 @@ def _local_attention(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     if bias is not None:
-        _check_bias(name, bias, q, pattern)
+        heads = q.shape[3]
+        check_bias(name, bias, q, (heads, *pattern.table_shape), (heads, *pattern.dense_shape))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = LOCAL_ATTENTION(q, k, v, pattern, bias, scale, return_lse)
     return out.contiguous(), None if lse is None else lse.contiguous()
-
-
-def _check_bias(name: str, bias: Tensor, q: Tensor, pattern: Pattern) -> None:
-    heads = q.shape[3]
-    shapes = [(heads, *pattern.table_shape), (heads, *pattern.dense_shape)]
-    if tuple(bias.shape) not in shapes:
-        raise ValueError(
-            f"{name}: bias has shape {tuple(bias.shape)}; needed is a relative table {shapes[0]} "
-            f"or a dense bias {shapes[1]}"
-        )
-    if bias.device != q.device:
-        raise ValueError(f"{name}: bias is on {bias.device}, the queries are on {q.device}")
-    if not torch.is_floating_point(bias):
-        raise ValueError(f"{name}: bias must be of a floating-point dtype, got {bias.dtype}")

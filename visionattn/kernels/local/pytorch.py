@@ -24,7 +24,7 @@ from .reference import bias_of_pairs
 # queries are enough for an efficient product, and the waste grows with the tile. Measured on 14x14 to 56x56.
 _TILE = 8
 _ONE_TILE = 16
-# Smaller blocks than this are joined into tiles; from here on a block by itself is the faster tile.
+# Smaller blocks than this are joined into tiles if they share keys; from here on a block by itself is faster.
 _MIN_BLOCK = 4
 
 
@@ -122,7 +122,7 @@ def cat_tiles(parts: list[tuple[Tensor, ...]], width: int) -> tuple[Tensor, ...]
 
 def blocks_per_tile(axis: Axis) -> int:
     """How many blocks of an axis are computed together."""
-    if axis.window >= _MIN_BLOCK:
+    if axis.window >= _MIN_BLOCK or axis.key_window == axis.window:
         return 1
     return axis.num_blocks if axis.length <= _ONE_TILE else _TILE // axis.window
 

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_qkv, pair
+from ..checks import check_bias, check_qkv, pair
 from ..dispatch import Operator
 from . import pytorch, reference
 
@@ -65,15 +65,17 @@ def routed_attention(
         q: queries `[B, H, W, heads, d]`.
         k: keys, same shape.
         v: values, same shape.
-        indices: `[B, 1 or heads, regions, topk]` integers: the regions that each region attends to, in row-major
-            numbers; -1 is padding. A list of nothing but padding gives zeros and a log-sum-exp of -inf.
+        indices: `[B, 1 or heads, regions, topk]` integers: the regions that each region attends to, in
+            row-major numbers; -1 is padding. A list of nothing but padding gives zeros and a log-sum-exp of
+            -inf.
         region_size: side of a region in pixels, or (height, width); a border region may be smaller.
         bias: added to the scaled logits, with gradient: relative table `[heads, 2 * H - 1, 2 * W - 1]`, entry
             `[h, H - 1 + dy, W - 1 + dx]` for key minus query = (dy, dx), or dense `[heads, H * W, H * W]`.
         scale: multiplies q·k; `d ** -0.5` by default.
         return_lse: also return the natural log of the softmax denominator, differentiable.
         distinct: promises full lists of distinct, valid regions, as `topk_regions` gives. Otherwise the lists
-            are checked (on a GPU this waits for the device) and padding is looked for.
+            are checked (on a GPU this waits for the device; `torch.vmap` over lists cannot do it) and padding
+            is looked for.
 
     Returns:
         `[B, H, W, heads, d]`, contiguous; with `return_lse` also `[B, H, W, heads]`.
@@ -86,7 +88,9 @@ def routed_attention(
     region = pair("region_size", region_size)
     _check_indices(indices, q, -(-height // region[0]) * -(-width // region[1]), distinct)
     if bias is not None:
-        _check_bias(bias, q)
+        heads = q.shape[3]
+        table, dense = (heads, 2 * height - 1, 2 * width - 1), (heads, height * width, height * width)
+        check_bias("routed_attention", bias, q, table, dense)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = ROUTED_ATTENTION(q, k, v, indices, region, bias, scale, return_lse, distinct)
     return (out.contiguous(), lse.contiguous()) if return_lse else out.contiguous()
@@ -96,11 +100,13 @@ def _check_indices(indices: Tensor, q: Tensor, regions: int, distinct: bool) -> 
     batch, _, _, heads, _ = q.shape
     if indices.dim() != 4 or indices.shape[0] != batch or indices.shape[1] not in (1, heads):
         raise ValueError(
-            f"routed_attention: indices must be [{batch}, 1 or {heads}, regions, topk], got {tuple(indices.shape)}"
+            f"routed_attention: indices must be [{batch}, 1 or {heads}, regions, topk], "
+            f"got {tuple(indices.shape)}"
         )
     if indices.shape[2] != regions:
         raise ValueError(
-            f"routed_attention: indices list {indices.shape[2]} regions, the map has {regions} of this region_size"
+            f"routed_attention: indices list {indices.shape[2]} regions, "
+            f"the map has {regions} of this region_size"
         )
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"routed_attention: indices must be int32 or int64, got {indices.dtype}")
@@ -113,15 +119,3 @@ def _check_indices(indices: Tensor, q: Tensor, regions: int, distinct: bool) -> 
     listed = indices.sort(-1).values
     if ((listed[..., 1:] == listed[..., :-1]) & (listed[..., 1:] >= 0)).any():
         raise ValueError("routed_attention: a list names a region twice, its keys would count twice")
-
-
-def _check_bias(bias: Tensor, q: Tensor) -> None:
-    _, height, width, heads, _ = q.shape
-    shapes = [(heads, 2 * height - 1, 2 * width - 1), (heads, height * width, height * width)]
-    if tuple(bias.shape) not in shapes:
-        raise ValueError(
-            f"routed_attention: bias has shape {tuple(bias.shape)}; needed is a relative table {shapes[0]} "
-            f"or a dense bias {shapes[1]}"
-        )
-    if bias.device != q.device:
-        raise ValueError(f"routed_attention: bias is on {bias.device}, the queries are on {q.device}")

@@ -81,7 +81,7 @@ def _from_regions(x: Tensor, region: tuple[int, int], height: int, width: int) -
 
 
 def _row_numbers(indices: Tensor, batch: int, heads: int) -> Tensor:
-    """Rows of `[B * heads * regions, ...]` that the lists name, `[B * heads, regions, topk]`; padding reads 0."""
+    """Rows of `[B * heads * regions, ...]` that the lists name, `[B * heads, regions, topk]`."""
     regions = indices.shape[2]
     first = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1, 1) * regions
     return (indices.clamp(min=0) + first).flatten(0, 1)
@@ -142,4 +142,5 @@ def _pixels(region: tuple[int, int], height: int, width: int, device: torch.devi
     y = torch.arange(rows * region[0], device=device).view(rows, 1, region[0], 1)
     x = torch.arange(columns * region[1], device=device).view(1, columns, 1, region[1])
     shape = (rows, columns, *region)
-    return tuple(n.expand(shape).flatten(2, 3).flatten(0, 1) for n in (y, x))
+    y, x = (n.expand(shape).flatten(2, 3).flatten(0, 1) for n in (y, x))
+    return y, x

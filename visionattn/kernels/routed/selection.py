@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,21 +27,28 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
         topk: regions per list, at most the number of regions.
 
     Returns:
-        `[B, 1, regions, min(topk, regions)]` int32, best first, ties by the lowest index; regions in row-major
-        order.
+        `[B, 1, regions, min(topk, regions)]` int32, best first, ties by the lowest index; regions in
+        row-major order.
 
     Raises:
-        ValueError: shapes differ, or region_size or topk is not positive.
+        ValueError: shapes differ, the maps are empty or of integers, or region_size or topk is not positive.
     """
     if q.dim() != 5 or q.shape != k.shape:
         raise ValueError(
             f"topk_regions: q and k must be [B, H, W, heads, head_dim] of one shape, got "
             f"{tuple(q.shape)} and {tuple(k.shape)}"
         )
+    if not torch.is_floating_point(q) or not all(q.shape[1:]):
+        raise ValueError(
+            f"topk_regions: q and k must be of a floating-point dtype and only their batch may be empty, got "
+            f"{q.dtype} of shape {tuple(q.shape)}"
+        )
     if topk < 1:
         raise ValueError(f"topk_regions: topk must be at least 1, got {topk}")
     region = pair("region_size", region_size)
-    with torch.autocast(q.device.type, enabled=False):
+    # Autocast has no state for some devices, "meta" among them.
+    known = torch.amp.is_autocast_available(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if known else nullcontext():
         query, key = region_means(q, region), region_means(k, region)
         affinity = query @ key.transpose(1, 2)
     # torch.topk leaves the order of ties open; a stable sort does not.

@@ -1,0 +1,18 @@
+"""What all tests share: `parity` on the path, the same random numbers in every order, one thread."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "parity"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+    # The tensors of the tests are small: threads would only wait for one another, and for other processes.
+    torch.set_num_threads(1)

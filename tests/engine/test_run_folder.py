@@ -1,0 +1,95 @@
+"""Files of a run: whole at any moment, safe to read, with the rows of a killed run dropped."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from visionattn.engine.errors import InputError, RunError
+from visionattn.engine.recorder import CsvLog
+from visionattn.engine.run_folder import RunFolder, read_state, replacing, trained_weights
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def half() -> None:
+        with replacing(path) as beside:
+            beside.write_text("ne")
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    def full() -> None:
+        with replacing(tmp_path / "a"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(RunError, match="the disk is full"):
+        full()
+
+
+def test_training_state_is_data_only(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_state({"step": 3, "x": torch.ones(2), "best": {"value": 1.0}})
+    state = folder.find_state("auto")
+    assert state is not None
+    assert read_state(state)["step"] == 3
+    torch.save(Interrupted(), state)
+    with pytest.raises(InputError, match="cannot read the training state"):
+        read_state(state)
+
+
+def test_resume_choices(tmp_path: Path) -> None:
+    run, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "other")
+    assert run.find_state(None) is None
+    assert run.find_state("auto") is None
+    with pytest.raises(InputError, match="cannot resume from"):
+        run.find_state(str(other.path))
+    other.write_state({"step": 1})
+    assert run.find_state(str(other.path)) == other.find_state("auto")
+    with pytest.raises(InputError, match="already holds a run: continue it with resume=auto"):
+        other.find_state(None)
+
+
+def test_weights_load_anywhere_also_tied_ones(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    folder = RunFolder(tmp_path)
+    with pytest.raises(InputError, match="no trained weights"):
+        trained_weights(tmp_path)
+    folder.write_weights("last", model, {"step": 1})
+    assert trained_weights(tmp_path).name == "last.safetensors"
+    folder.write_weights("best", model, {"step": 1})
+    torch.testing.assert_close(load_file(trained_weights(tmp_path)), dict(model.state_dict()))
+
+
+def test_table_grows_and_drops_what_a_killed_run_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    log = CsvLog(path, step=0)
+    for step in (1, 2, 3):
+        log.append({"step": step, "split": "train", "loss": 1 / step})
+    log.append({"step": 3, "split": "eval", "top1": 50.0})
+    with path.open("a") as file:
+        file.write("1")  # killed within a line
+    CsvLog(path, step=2).append({"step": 3, "split": "train", "loss": 0.25})
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [(row["step"], row["loss"], row["top1"]) for row in rows]
+    assert columns == [("1", "1.0", ""), ("2", "0.5", ""), ("3", "0.25", "")]

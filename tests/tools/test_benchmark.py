@@ -1,0 +1,138 @@
+"""The comparison with the authors' formulation: equal numbers, everything put back, results to keep."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from visionattn.benchmark import models
+from visionattn.benchmark.formulations import FORMULATIONS
+from visionattn.benchmark.measure import peak_memory, time_in_turn
+from visionattn.benchmark.zoo import model_names
+from visionattn.engine.errors import InputError
+
+CPU = torch.device("cpu")
+SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
+    "biformer": (
+        "biformer_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 64), "n_win": 2, "topks": (1, 2, 3, -2)},
+        (64, 96),
+    ),
+    "hat": (
+        "hat_x2",
+        {"depths": (2,), "embed_dim": 12, "num_heads": 2, "window_size": 8, "squeeze_factor": 2},
+        (20, 32),
+    ),
+}
+
+
+def build(family: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    name, kwargs, size = SMALL[family]
+    net = timm.create_model(name, dtype=torch.float64, **kwargs)
+    return net.eval(), torch.rand(2, 3, *size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", FORMULATIONS)
+def test_the_authors_formulation_gives_the_same_outputs_and_gradients(family: str):
+    net, image = build(family)
+
+    def outcome() -> list[torch.Tensor]:
+        net.zero_grad()
+        out = net(image)
+        out.square().mean().backward()
+        return [out.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+    ours = outcome()
+    with FORMULATIONS[family].in_place_of_kernels(net):
+        torch.testing.assert_close(outcome(), ours)
+
+
+@pytest.mark.parametrize("family", FORMULATIONS)
+def test_kernels_are_put_back(family: str):
+    formulation = FORMULATIONS[family]
+    net, _ = build(family)
+    ours = {name: getattr(formulation.module, name) for name in formulation.functions}
+    with formulation.in_place_of_kernels(net):
+        for name, function in formulation.functions.items():
+            assert getattr(formulation.module, name) is function
+    with pytest.raises(ZeroDivisionError), formulation.in_place_of_kernels(net):
+        _ = 1 / 0
+    assert {name: getattr(formulation.module, name) for name in ours} == ours
+    assert not net._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", FORMULATIONS)
+@pytest.mark.parametrize("train", [False, True])
+def test_comparison(family: str, train: bool):
+    net, image = build(family)
+    row = models.compare(net.train(train), "name", FORMULATIONS[family], image, repeats=2)
+    assert row.mode == ("training" if train else "inference")
+    assert row.difference < 1e-12
+    assert row.ratio == row.authors.median / row.ours.median
+    assert row.ours.spread >= 0
+    assert row.our_memory is not None
+    assert row.authors_memory is not None
+    assert 0 < row.our_memory < row.authors_memory
+
+
+def test_every_registered_family_has_a_formulation():
+    for name in model_names():
+        assert models.formulation_of(name) in FORMULATIONS.values()
+
+
+def test_names_are_checked_before_work_starts():
+    with pytest.raises(InputError, match="unknown network 'hat_s_x5': did you mean hat_s_x"):
+        next(models.compare_models(["biformer_tiny", "hat_s_x5"]))
+    with pytest.raises(InputError, match=r"cannot run hat_s_x4 at 3x64: .* at least 9 pixels"):
+        next(models.compare_models(["hat_s_x4"], size=(3, 64)))
+
+
+def test_peak_memory_counts_what_is_held_at_one_time():
+    def call() -> torch.Tensor:
+        first = torch.empty(1000, 1000)
+        second = torch.empty(1000, 1000)
+        del first
+        third = torch.empty(500, 1000)
+        return third + second.sum()
+
+    assert peak_memory(call, CPU) == pytest.approx(8e6, rel=0.01)
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    timings = time_in_turn(calls, dict.fromkeys(calls, nullcontext), CPU, repeats=3)
+    assert "".join(order) == "baabbaab"
+    assert set(timings) == {"a", "b"}
+
+
+def test_command_line(run_tool, tmp_path: Path):
+    output = tmp_path / "results" / "table.json"
+    arguments = ["biformer_tiny", "--size", "56", "40", "--repeats", "1", "--output", str(output)]
+    status, printed, _ = run_tool("benchmark.py", "models", *arguments)
+    assert status == 0
+    assert printed.startswith("| network")
+    content = json.loads(output.read_text())
+    (row,) = content["results"]
+    assert row["input"] == [1, 3, 56, 40]
+    assert row["difference"] < 1e-5
+    assert {"command", "machine", "date", "versions", "clock", "threads"} <= set(content)
+    page = output.with_suffix(".md").read_text()
+    assert printed.strip() in page
+    assert content["machine"] in page
+
+    status, _, error = run_tool("benchmark.py", "models", "biformer_tinny")
+    assert status == 2
+    assert error.startswith("error: unknown network 'biformer_tinny': did you mean biformer_tiny, ")
+    assert len(error.splitlines()) == 1
+    assert run_tool("benchmark.py", "models", "biformer_tiny", "--repeats", "0")[0] == 2
+    status, printed, _ = run_tool("benchmark.py", "--help")
+    assert status == 0
+    assert "examples:" in printed

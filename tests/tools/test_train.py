@@ -1,0 +1,178 @@
+"""The command lines as users run them: results, exit statuses, several processes, a kill in the middle."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from visionattn.engine.cli import run_command
+
+ROOT = Path(__file__).parents[2]
+TRAIN, EVALUATE = (str(ROOT / "tools" / name) for name in ("train.py", "evaluate.py"))
+DEMO = str(ROOT / "configs/classification/biformer_digits.yaml")
+
+# test_vit has no batch norm, whose statistics would differ between one process and two.
+CONFIG = """
+task: classification
+model: {name: test_vit, kwargs: {img_size: 32}}
+data: {source: digits, image_size: 32}
+augment: {hflip: 0, color_jitter: 0, crop_scale: [0.7, 1]}
+optimizer: {lr: 3e-3}
+schedule: {epochs: 2, warmup: 0.2}
+train: {batch_size: 64, workers: 1, log_every: 1, save_every: 5}
+"""
+
+KILLED = """
+import os, signal, sys
+from visionattn.engine.cli import run_command
+from visionattn.engine.recorder import Recorder
+advance = Recorder.advance
+def dying(self):
+    advance(self)
+    if self.state.step == 29:
+        os.kill(os.getpid(), signal.SIGKILL)
+Recorder.advance = dying
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import train
+run_command(lambda: train.main(train.parse_arguments(sys.argv[2:])))
+"""
+
+
+def run(*command: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole(config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on one process."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(TRAIN, config, f"output={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "best top1" in done.stderr
+    return folder
+
+
+def test_training_learns(whole: Path) -> None:
+    found = losses(whole)
+    assert found[-1] < 0.75 * found[0]
+
+
+def test_a_killed_run_resumes_to_the_same_result(config: str, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    killed = run("-c", KILLED, TRAIN, config, f"output={folder}")
+    assert killed.returncode == -9, killed.stderr
+    resumed = run(TRAIN, config, f"output={folder}", "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continues at step 25" in resumed.stderr
+    assert losses(folder) == losses(whole)
+    for name in ("last", "best"):
+        ours, theirs = (load_file(place / f"checkpoints/{name}.safetensors") for place in (folder, whole))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_two_processes_equal_one_of_the_same_batch(config: str, whole: Path, tmp_path: Path) -> None:
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29517",
+    )
+    done = run(TRAIN, config, f"output={tmp_path}/two", "train.batch_size=32", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu" in done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=2e-3)
+
+
+def test_evaluation_repeats_the_result_of_the_run(whole: Path) -> None:
+    with (whole / "metrics.csv").open(newline="") as file:
+        judged = {row["step"]: row for row in csv.DictReader(file) if row["split"] == "eval"}
+    best = max(judged.values(), key=lambda row: float(row["top1"]))
+    done = run(EVALUATE, str(whole))
+    assert done.returncode == 0, done.stderr
+    printed = dict(line.split(": ") for line in done.stdout.splitlines())
+    assert float(printed["top1"]) == pytest.approx(float(best["top1"]), abs=1e-3)
+    assert float(printed["loss"]) == pytest.approx(float(best["loss"]), rel=1e-4)
+
+
+def test_exit_status_of_wrong_input() -> None:
+    done = run(TRAIN, "missing.yaml")
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no configuration file missing.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ([TRAIN, DEMO, "train.batchsize=3"], "unknown key train.batchsize: did you mean train.batch_size"),
+        (
+            [TRAIN, DEMO, "model.name=biformer_tiney"],
+            "unknown network 'biformer_tiney': did you mean biformer_tiny",
+        ),
+        ([TRAIN, DEMO, "model.kwargs.depth=2"], "cannot build biformer_tiny with model.kwargs"),
+        ([TRAIN, DEMO, "data.num_classes=7"], "data.num_classes is 7, but the images have 10 classes"),
+        ([TRAIN, DEMO, "data.source=folder", "data.root=nowhere"], "there is no folder nowhere"),
+        ([EVALUATE, DEMO, "--checkpoint", "missing.pth"], "there is no checkpoint missing.pth"),
+        ([EVALUATE, "{folder}"], "holds no trained weights yet"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    command: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    tool = load_tool(command[0])
+    arguments = tool.parse_arguments([argument.format(folder=tmp_path) for argument in command[1:]])
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: tool.main(arguments))
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert sentence in printed
+    assert printed.count("\n") == 1
+
+
+def test_help_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (TRAIN, EVALUATE):
+        with pytest.raises(SystemExit, match="0"):
+            load_tool(path).parse_arguments(["--help"])
+        assert "examples:" in capsys.readouterr().out
+    train = load_tool(TRAIN)
+    train.main(train.parse_arguments([DEMO, "--options"]))
+    listed = capsys.readouterr().out
+    assert "optimizer.lr" in listed
+    assert "augment.mixup" in listed
+
+
+def load_tool(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool

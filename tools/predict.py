@@ -1,0 +1,70 @@
+"""Name what images show, or restore and enlarge them: what is done follows from the network."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from visionattn.engine.cli import run_command
+
+EXAMPLE = """examples:
+  python tools/predict.py runs/biformer_digits IMAGE.png --top 3
+  python tools/predict.py runs/hat_photographs_x2 FOLDER --output enlarged
+  python tools/predict.py biformer_tiny FOLDER --checkpoint biformer_tiny_best.pth
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", metavar="MODEL|RUN_FOLDER", help="a registered network, or the folder of a run"
+    )
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image file, or a folder of them")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weights; default: the best of the run, or the published ones"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        default="predictions",
+        help="folder for restored images (default: %(default)s)",
+    )
+    parser.add_argument("--top", type=int, default=5, help="names per image (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.top < 1:
+        parser.error(f"--top must be at least 1, but is {arguments.top}")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    from visionattn.tasks.prediction import predict_files
+
+    broken = total = 0
+    for file, result in predict_files(
+        arguments.source,
+        arguments.images,
+        checkpoint=arguments.checkpoint,
+        output=arguments.output,
+        top=arguments.top,
+    ):
+        total += 1
+        if isinstance(result, Exception):
+            broken += 1
+            print(f"skipped: {result}", file=sys.stderr)
+        elif isinstance(result, list):
+            print(
+                f"{file}  " + "  ".join(f"{name} {probability:.1%}" for name, probability in result),
+                flush=True,
+            )
+        else:
+            print(f"{file} -> {result}", flush=True)
+    if broken:
+        print(f"{broken} of {total} images could not be used", file=sys.stderr)
+    return 2 if broken else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

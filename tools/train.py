@@ -1,0 +1,46 @@
+"""Train what a configuration describes, on one process or, launched by torchrun or accelerate, on many."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+EXAMPLE = """examples:
+  python tools/train.py configs/classification/biformer_digits.yaml
+  python tools/train.py configs/classification/biformer_digits.yaml train.batch_size=16 optimizer.lr=5e-4
+  python tools/train.py configs/classification/biformer_digits.yaml resume=auto
+  torchrun --nproc-per-node 8 tools/train.py configs/classification/biformer_tiny_imagenet.yaml data.root=DIR
+  python tools/train.py configs/classification/biformer_digits.yaml --options
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file of configs/, or a run folder")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="options in place of CONFIG's")
+    parser.add_argument("--options", action="store_true", help="list every option with default and meaning")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from visionattn import tasks
+
+    if arguments.options:
+        print(tasks.describe_config(arguments.config, arguments.overrides))
+        return 0
+
+    from visionattn.engine.loop import train
+
+    task = tasks.create_task(tasks.load_config(arguments.config, arguments.overrides))
+    stopped_by = train(task).stopped_by
+    # The shell's convention for a program that a signal ended, so that a supervisor knows it is not complete.
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+if __name__ == "__main__":
+    parsed = parse_arguments()  # first, so that --help does not wait for imports
+    from visionattn.engine.cli import run_command
+
+    run_command(lambda: main(parsed))

@@ -1,0 +1,70 @@
+"""Reading and listing image files, so that a broken one is named with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_MORE_THAN_8_BITS = ("I", "F")
+
+
+class ImageError(ValueError):
+    """An image file cannot be used; the message names the file and the reason."""
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The image of a file as 8-bit RGB, upright (EXIF orientation applied), fully decoded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageError: the file is not an image, is damaged, is dangerously large, or holds more than 8 bits per
+            channel (which a conversion would clip silently).
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(_MORE_THAN_8_BITS):
+                raise ImageError(f"{path}: {image.mode} pixels have more than 8 bits; convert them first")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: not an image file, or of an unknown format") from error
+    # Pillow's decoders report damage by any of these, depending on the format.
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: {error}") from error
+
+
+def read_image(path: str | Path) -> Tensor:
+    """The image of a file as uint8 `[3, H, W]`; raises as `open_image` does."""
+    return to_tensor(open_image(path))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 `[3, H, W]`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A uint8 tensor `[3, H, W]` as an RGB image, or `[1, H, W]` as a grey one."""
+    pixels = image.cpu().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files directly in `folder`, by name.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"the folder {folder} holds no image ({', '.join(sorted(EXTENSIONS))})")
+    return files

@@ -1,0 +1,205 @@
+"""The one training loop, and evaluation. Read `train` from top to bottom: it is all that happens."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from timm.utils import distribute_bn
+from torch import nn
+
+from .cli import StopSignals
+from .config import TrainConfig
+from .errors import RunError
+from .loading import batch_count, endless_batches, seed_all
+from .recorder import Recorder
+from .run_folder import RunFolder, read_state
+from .setup import create_accelerator, create_ema, create_optimizer, create_scheduler, make_plan
+from .state import TrainingState
+from .task import Task
+
+
+class Result(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        step: updates made since the beginning of the run.
+        metrics: the last evaluation; empty where none was reached.
+        best: the best evaluation: `metric`, `value`, `step`, `file`; None where none was reached.
+        stopped_by: the signal that ended the run early, None for a complete run.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    best: dict[str, Any] | None
+    stopped_by: signal.Signals | None
+
+
+def train(task: Task) -> Result:
+    """Train a task's network in place as its configuration says, on however many processes there are.
+
+    Raises:
+        InputError: the data or the run folder cannot be used; nothing was trained.
+        RunError: a loss was not finite, or the disk is full.
+    """
+    options, folder = task.config.train, RunFolder(task.config.run_folder)
+    state_file = folder.find_state(task.config.resume)
+    accelerator = create_accelerator(options)
+    main = accelerator.is_main_process
+    train_loader, eval_loader = task.train_loader(), task.eval_loader()
+    config = task.config  # complete now that the data is open
+    plan = make_plan(config, batch_count(train_loader))
+
+    bare_optimizer = create_optimizer(config.optimizer, task.model)
+    scheduler = create_scheduler(config.schedule, plan, bare_optimizer)
+    network, optimizer = accelerator.prepare(task, bare_optimizer)
+    ema = create_ema(config.ema, task.model)
+    state = TrainingState(task.model, optimizer, accelerator.scaler, ema, plan)
+    if state_file is not None:
+        state.load_state_dict(read_state(state_file))
+    scheduler.step_update(state.step)
+    if options.compile:
+        task.model.compile()  # in place, so that the names in the state dict stay
+
+    if main:
+        folder.start(config, str(accelerator.device))
+    batches = endless_batches(train_loader, plan.updates_per_epoch, options.accumulate, state.step)
+    stop = False
+    with StopSignals() as signals, Recorder(config, state, accelerator) as recorder:
+        while state.step < plan.total and not stop:
+            values, stop = _update(network, optimizer, batches, state, options, accelerator, signals)
+            lr = optimizer.param_groups[0]["lr"]
+            state.add(values)
+            scheduler.step_update(state.step)
+            if ema is not None:
+                ema.update(task.model, step=state.step)
+            recorder.advance()
+
+            ended = state.step == plan.total
+            if ended or _due(state.step, options.log_every):
+                recorder.report("train", {**state.take_means(), "lr": lr})
+            with recorder.paused():
+                evaluating = ended or _due(state.step, plan.eval_every)
+                if evaluating:
+                    state.metrics = evaluate_weights(state.judged, task, eval_loader, accelerator)
+                    recorder.report("eval", state.metrics)
+                    _keep_best(state, task, folder, main)
+                if main and (evaluating or stop or _due(state.step, options.save_every)):
+                    folder.write_weights("last", state.judged, {"step": state.step})
+                    folder.write_state(state.state_dict())
+
+        stopped_by = (signals.received or signal.SIGTERM) if state.step < plan.total else None
+        if main and stopped_by is None:
+            with _judging(task, state.judged):
+                folder.write_pictures(task.pictures())
+        recorder.conclude(stopped_by)
+    return Result(state.step, state.metrics, state.best, stopped_by)
+
+
+def evaluate(task: Task) -> dict[str, float]:
+    """The metrics of a task's network over its held-out data, under the configured precision."""
+    accelerator = create_accelerator(task.config.train)
+    task.to(accelerator.device)
+    return evaluate_weights(task.model, task, task.eval_loader(), accelerator)
+
+
+def evaluate_weights(
+    model: nn.Module, task: Task, loader: Iterable[Any], accelerator: Accelerator
+) -> dict[str, float]:
+    """What `task.evaluate` says of `model`, a network like the task's own."""
+    if accelerator.num_processes > 1:
+        distribute_bn(model, accelerator.num_processes, reduce=False)  # the statistics that will be saved
+    with _judging(task, model), accelerator.autocast():
+        return task.evaluate(send_to_device(batch, accelerator.device, non_blocking=True) for batch in loader)
+
+
+@contextmanager
+def _judging(task: Task, model: nn.Module) -> Iterator[None]:
+    """The task in evaluation mode with `model` in place of its network."""
+    own, was_training, task.model = task.model, task.training, model
+    task.eval()
+    try:
+        # Not inference_mode: a network may cache masks here that training uses afterwards.
+        with torch.no_grad():
+            yield
+    finally:
+        task.model = own
+        task.train(was_training)
+
+
+def _update(
+    network: nn.Module,
+    optimizer: Any,
+    batches: Iterator[Any],
+    state: TrainingState,
+    options: TrainConfig,
+    accelerator: Accelerator,
+    signals: StopSignals,
+) -> tuple[dict[str, float], bool]:
+    """One update of the weights.
+
+    Returns:
+        Losses and gradient norm, averaged over the processes, and whether any process was told to stop.
+    """
+    buffers = [buffer.clone() for buffer in state.model.buffers()] if options.nan == "skip" else []
+    sums: dict[str, Any] = {}
+    for index in range(options.accumulate):
+        batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        # Dropout, drop path and mixing follow from the position alone, so that a resumed run repeats them.
+        seed_all("updates", options.seed, state.step, index, accelerator.process_index)
+        last = index == options.accumulate - 1
+        with nullcontext() if last else accelerator.no_sync(network):
+            losses = network(batch)
+            accelerator.backward(losses["loss"])
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach().float() / options.accumulate
+    sums["grad_norm"] = accelerator.clip_grad_norm_(state.model.parameters(), options.clip_grad or math.inf)
+
+    # The only wait for the device in an update: without it a step that is not finite could not be named.
+    flag = torch.tensor(float(signals.received is not None), device=accelerator.device)
+    reduced: Any = accelerator.reduce(torch.stack([*sums.values(), flag]), "mean")
+    *means, told = reduced.tolist()
+    values = dict(zip(sums, means, strict=True))
+    # A gradient that overflows in float16 is usual: the scaler skips the step and lowers its scale.
+    scaled = accelerator.scaler is not None
+    if math.isfinite(values["loss"]) and (scaled or math.isfinite(values["grad_norm"])):
+        optimizer.step()
+    elif options.nan == "stop":
+        raise RunError(
+            f"step {state.step + 1} gave loss {values['loss']:g} and gradient norm {values['grad_norm']:g}; "
+            f"lower optimizer.lr, set train.clip_grad, or pass over such steps with train.nan=skip"
+        )
+    else:
+        if scaled:
+            optimizer.step()
+        for buffer, before in zip(state.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    optimizer.zero_grad()
+    return values, told > 0
+
+
+def _keep_best(state: TrainingState, task: Task, folder: RunFolder, main: bool) -> None:
+    """Record and save the judged weights if they are the best so far."""
+    value = state.metrics[task.monitor]
+    sign = 1 if task.higher_is_better else -1
+    if math.isnan(value) or (state.best is not None and sign * value <= sign * state.best["value"]):
+        return
+    state.best = {
+        "metric": task.monitor,
+        "value": value,
+        "step": state.step,
+        "file": "checkpoints/best.safetensors",
+    }
+    if main:
+        folder.write_weights("best", state.judged, state.best)
+        folder.write_json("best.json", {**state.best, "metrics": state.metrics})
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,176 @@
+"""The folder of a run. Every file in it is complete at any moment: written beside its place, then renamed.
+
+config.yaml                 the resolved configuration
+environment.json            versions, device, command line and git commit of every start
+metrics.csv, tensorboard/   the course of the run
+best.json                   the best evaluation: metric, value, step, file
+checkpoints/best.safetensors, last.safetensors      weights (the average, where there is one) to load anywhere
+checkpoints/last.state.pt   all that is needed to go on
+pictures/
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from visionattn.checkpoints import save_checkpoint
+
+from .config import RunConfig
+from .errors import InputError, RunError, as_input_error
+from .yaml_io import dump_yaml
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_STATE = "checkpoints/last.state.pt"
+_VERSIONED = ("visionattn", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of `path` when the block ends well.
+
+    Raises:
+        RunError: the disk is full. The file at `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"cannot write {path}, the disk is full; what was there is untouched") from error
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; made when something is first written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def find_state(self, resume: str | None) -> Path | None:
+        """The training state to continue from, None to start afresh.
+
+        Raises:
+            InputError: `resume` names a folder without a state, or the run exists and shall not be continued.
+        """
+        own = self.path / _STATE
+        if resume is None and own.exists():
+            raise InputError(
+                f"{self.path} already holds a run: continue it with resume=auto or choose another output"
+            )
+        if resume in (None, "auto"):
+            return own if own.exists() else None
+        other = Path(resume) / _STATE
+        if not other.is_file():
+            raise InputError(f"cannot resume from {resume}: there is no {other}")
+        return other
+
+    def start(self, config: RunConfig, device: str) -> None:
+        """Write what a reader needs to repeat the run."""
+        with as_input_error(f"cannot write the run folder {self.path}", OSError):
+            self.write_text("config.yaml", dump_yaml(config.model_dump(mode="json")))
+            starts_file = self.path / "environment.json"
+            starts = json.loads(starts_file.read_text(encoding="utf-8")) if starts_file.exists() else []
+            self.write_json("environment.json", [*starts, _environment(device)])
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file of the folder."""
+        with replacing(self.path / name) as beside:
+            beside.write_text(text, encoding="utf-8")
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file of the folder."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_weights(self, which: str, model: nn.Module, facts: Mapping[str, Any]) -> Path:
+        """Write `checkpoints/{which}.safetensors`; returns its path within the folder."""
+        name = Path("checkpoints") / f"{which}.safetensors"
+        with replacing(self.path / name) as beside:
+            save_checkpoint(model, beside, {key: str(value) for key, value in facts.items()})
+        return name
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        """Write the training state, the one file from which a run continues."""
+        # An open file, because torch's own writer does not say when the disk is full.
+        with replacing(self.path / _STATE) as beside, beside.open("wb") as file:
+            torch.save(dict(state), file)
+
+    def write_pictures(self, pictures: Mapping[str, Image]) -> None:
+        """Write `pictures/{name}.png`."""
+        for name, picture in pictures.items():
+            with replacing(self.path / "pictures" / f"{name}.png") as beside:
+                picture.save(beside, format="PNG")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The training state in a file.
+
+    Raises:
+        InputError: the file is not one.
+    """
+    with as_input_error(f"cannot read the training state {path}", Exception):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def trained_weights(folder: Path) -> Path:
+    """The best weights of a run folder, or the last where none were judged.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    for which in ("best", "last"):
+        weights = folder / "checkpoints" / f"{which}.safetensors"
+        if weights.is_file():
+            return weights
+    raise InputError(f"{folder} holds no trained weights yet (checkpoints/best.safetensors)")
+
+
+def _environment(device: str) -> dict[str, Any]:
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "git_commit": _git_commit(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _VERSIONED},
+        "device": device,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the source in use, None where it is not a git work tree."""
+    source = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=source, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return found.stdout.strip() or None
