@@ -21,6 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "compress_ratio": 3,
         "squeeze_factor": 2,
     },
+    "nat": {"embed_dim": 48, "mlp_ratio": 1},
 }
 
 # Learnable parameters of the published networks.
@@ -39,6 +40,28 @@ PARAMETERS = {
     "hat_l_x2": 40_698_863,
     "hat_l_x3": 40_883_503,
     "hat_l_x4": 40_846_575,
+    "nat_mini": 19_984_174,
+    "nat_tiny": 27_901_582,
+    "nat_small": 50_743_297,
+    "nat_base": 89_769_652,
+    "dinat_mini": 19_984_174,
+    "dinat_tiny": 27_901_582,
+    "dinat_small": 50_719_681,
+    "dinat_base": 89_769_652,
+    "dinat_large": 200_943_514,
+    "dinat_large_384": 200_943_514,
+    "dinat_large_384_11x11": 201_144_250,
+    "dinat_s_tiny": 28_288_354,
+    "dinat_s_small": 49_606_258,
+    "dinat_s_base": 87_768_224,
+    "dinat_s_large": 196_532_476,
+    "dinat_s_large_384": 196_532_476,
+    "nat_isotropic_small": 21_999_736,
+    "nat_isotropic_base": 86_465_800,
+    "dinat_isotropic_small": 21_999_736,
+    "dinat_isotropic_base": 86_465_800,
+    "vitrpb_small": 22_080_376,
+    "vitrpb_base": 86_627_080,
 }
 
 
