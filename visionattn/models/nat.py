@@ -230,6 +230,7 @@ class NAT(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
+        self.min_size = 1
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction * 2**i, "module": f"stages.{i}"}
             for i, dim in enumerate(dims)
