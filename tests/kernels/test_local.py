@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.kernels import overlapping_window_attention, use_backend, window_attention
-from visionattn.kernels.local.pattern import Axis, Pattern
+from visionattn.kernels.local.pattern import Pattern, overlapping_axis, window_axis
 
 BACKENDS = ("reference", "torch")
 # (height, width), window, shift
@@ -374,7 +374,7 @@ def test_vmap(backend: str):
 @pytest.mark.parametrize(("size", "window", "shift"), WINDOWS)
 def test_flops_of_windows(size: Any, window: Any, shift: Any):
     window, shift = two(window), two(shift)
-    axes = [Axis(n, w, s % w) for n, w, s in zip(size, window, shift)]
+    axes = [window_axis(n, w, s % w) for n, w, s in zip(size, window, shift)]
     q, k, v = (t.requires_grad_() for t in packed_qkv(1, *size, 2, 3))
     with FlopCounterMode(display=False) as counter:
         window_attention(q, k, v, window, shift=shift)
@@ -383,11 +383,14 @@ def test_flops_of_windows(size: Any, window: Any, shift: Any):
 
 @pytest.mark.parametrize(("size", "window", "overlap", "border"), OVERLAPPING)
 def test_flops_of_overlapping_windows(size: Any, window: Any, overlap: Any, border: Any):
-    axes = [Axis(n, w, 0, o, border) for n, w, o in zip(size, two(window), two(overlap))]
+    axes = [overlapping_axis(n, w, o, border) for n, w, o in zip(size, two(window), two(overlap))]
     q, k, v = (t.requires_grad_() for t in packed_qkv(1, *size, 2, 3))
     with FlopCounterMode(display=False) as counter:
         overlapping_window_attention(q, k, v, window, overlap, border=border)
-    assert counter.get_total_flops() == Pattern(*axes).flops(heads=2, head_dim=3)
+    exact = Pattern(*axes).flops(heads=2, head_dim=3)
+    # Windows of fewer than 4 queries a side are computed several at a time, under a mask.
+    joined = min(two(window)) < 4 and max(two(overlap)) > 0
+    assert counter.get_total_flops() >= exact if joined else counter.get_total_flops() == exact
 
 
 # Errors

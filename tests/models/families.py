@@ -47,6 +47,11 @@ _CSWIN = {"depths": (1, 1, 2, 1), "embed_dim": 16, "num_heads": (2, 2, 4, 4)}
 for _attention in ("agent", "inline"):
     for _host, _sizes in (("deit", _DEIT), ("pvt", _PVT), ("swin", _SWIN), ("cswin", _CSWIN)):
         SMALL[f"{_attention}_{_host}"] = _sizes
+# The longer names first: the first that fits counts.
+for _form in ("nat_isotropic", "dinat_isotropic", "vitrpb"):
+    SMALL[_form] = {"depths": (2,), "embed_dim": 32, "num_heads": (2,), "mlp_ratio": 1}
+for _form in ("nat", "dinat"):
+    SMALL[_form] = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 2, 4), "mlp_ratio": 1}
 SMALL["l2vit"] = {"depths": (2, 2, 2, 2), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}
 
 # Learnable parameters of the published networks.
@@ -130,6 +135,28 @@ PARAMETERS = {
     "rgt_x2": 13_217_831,
     "rgt_x3": 13_402_471,
     "rgt_x4": 13_365_543,
+    "nat_mini": 19_984_174,
+    "nat_tiny": 27_901_582,
+    "nat_small": 50_743_297,
+    "nat_base": 89_769_652,
+    "dinat_mini": 19_984_174,
+    "dinat_tiny": 27_901_582,
+    "dinat_small": 50_719_681,
+    "dinat_base": 89_769_652,
+    "dinat_large": 200_943_514,
+    "dinat_large_384": 200_943_514,
+    "dinat_large_384_11x11": 201_144_250,
+    "dinat_s_tiny": 28_288_354,
+    "dinat_s_small": 49_606_258,
+    "dinat_s_base": 87_768_224,
+    "dinat_s_large": 196_532_476,
+    "dinat_s_large_384": 196_532_476,
+    "nat_isotropic_small": 21_999_736,
+    "nat_isotropic_base": 86_465_800,
+    "dinat_isotropic_small": 21_999_736,
+    "dinat_isotropic_base": 86_465_800,
+    "vitrpb_small": 22_080_376,
+    "vitrpb_base": 86_627_080,
 }
 
 

@@ -69,6 +69,11 @@ def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
+def within(indices: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """Stage numbers for a network that may have fewer stages than are asked for."""
+    return tuple(dict.fromkeys(min(i, stages - 1) if i >= 0 else max(i, -stages) for i in indices))
+
+
 def reduction_size(side: int, reduction: int) -> set[int]:
     """Overlapping convolutions round up, disjoint patches round down."""
     return {side // reduction, -(-side // reduction)}
@@ -317,12 +322,13 @@ def test_export(name: str):
 @every_backbone
 @pytest.mark.parametrize("out_indices", [None, (0,), (1, 3), (-2, -1), (2,)])
 def test_features_only(name: str, out_indices: tuple[int, ...] | None):
+    full = small(name).eval()
+    stages = len(full.feature_info)
+    out_indices = None if out_indices is None else within(out_indices, stages)
     kwargs = {} if out_indices is None else {"out_indices": out_indices}
     net = small(name, features_only=True, **kwargs).eval()
-    full = small(name).eval()
     x = image(full)
     features = net(x)
-    stages = len(full.feature_info)
     taken = [i % stages for i in out_indices] if out_indices else list(range(stages))
     assert [info["reduction"] for info in full.feature_info] == sorted(
         info["reduction"] for info in full.feature_info
@@ -368,12 +374,17 @@ def test_forward_intermediates(name: str):
         torch.testing.assert_close(final, net.forward_features(x))
         assert len(intermediates) == len(net.feature_info)
 
-        subset = net.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
-        torch.testing.assert_close(subset, [intermediates[0], intermediates[2]])
-        last_two = net.forward_intermediates(x, indices=2, intermediates_only=True)
-        torch.testing.assert_close(last_two, intermediates[-2:])
-        early = net.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
-        torch.testing.assert_close(early, [intermediates[1]])
+        stages = len(intermediates)
+        some = within((0, 2), stages)
+        subset = net.forward_intermediates(x, indices=list(some), intermediates_only=True)
+        torch.testing.assert_close(subset, [intermediates[i] for i in some])
+        last = min(2, stages)
+        torch.testing.assert_close(
+            net.forward_intermediates(x, indices=last, intermediates_only=True), intermediates[-last:]
+        )
+        (second,) = within((1,), stages)
+        early = net.forward_intermediates(x, indices=[second], stop_early=True, intermediates_only=True)
+        torch.testing.assert_close(early, [intermediates[second]])
         *_, normed = net.forward_intermediates(x, norm=True, intermediates_only=True)
         torch.testing.assert_close(normed, final)
     with pytest.raises(ValueError, match="output_fmt"):
@@ -387,6 +398,8 @@ def test_forward_intermediates(name: str):
 def test_prune_intermediate_layers(name: str, indices: int | list[int], norm: bool):
     net, full = small(name).eval(), small(name).eval()
     x = image(net)
+    if isinstance(indices, list):
+        indices = list(within(tuple(indices), len(net.feature_info)))
     taken = net.prune_intermediate_layers(indices, prune_norm=norm)
     before = sum(p.numel() for p in full.parameters())
     assert sum(p.numel() for p in net.parameters()) < before

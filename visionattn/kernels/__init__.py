@@ -6,7 +6,13 @@ the environment variable `VISIONATTN_BACKEND` forces one.
 
 from .dispatch import BACKENDS, Choice, explain, use_backend
 from .linear.op import agent_attention, linear_attention
-from .local.op import overlapping_window_attention, window_attention
+from .local.op import (
+    grid_attention,
+    neighborhood_attention,
+    overlapping_window_attention,
+    window_attention,
+)
+from .merge import merge_attention
 from .routed.op import routed_attention
 from .routed.selection import antidiagonal_regions, topk_regions
 
@@ -16,7 +22,10 @@ __all__ = [
     "agent_attention",
     "antidiagonal_regions",
     "explain",
+    "grid_attention",
     "linear_attention",
+    "merge_attention",
+    "neighborhood_attention",
     "overlapping_window_attention",
     "routed_attention",
     "topk_regions",

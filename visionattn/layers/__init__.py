@@ -4,6 +4,7 @@ from .agent_attention import AgentAttention2d
 from .bilevel_routing import BiLevelRoutingAttention
 from .inline_attention import InLineAttention2d
 from .linear_attention import LinearAttention2d
+from .local_attention import NeighborhoodAttention2d, OverlappingWindowAttention2d
 from .window_attention import WindowAttention2d
 
 __all__ = [
@@ -11,5 +12,7 @@ __all__ = [
     "BiLevelRoutingAttention",
     "InLineAttention2d",
     "LinearAttention2d",
+    "NeighborhoodAttention2d",
+    "OverlappingWindowAttention2d",
     "WindowAttention2d",
 ]

@@ -11,6 +11,7 @@ from .craft import CRAFT
 from .hat import HAT
 from .hsdt import HSDT
 from .l2vit import L2ViT
+from .nat import NAT
 from .rgt import RGT
 from .sha_dehaze import PMNet
 
@@ -19,6 +20,7 @@ __all__ = [
     "CRAFT",
     "HAT",
     "HSDT",
+    "NAT",
     "PVT",
     "RGT",
     "BiFormer",

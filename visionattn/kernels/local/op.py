@@ -12,16 +12,24 @@ the shape tells which. It is added to the scaled logits and receives a gradient.
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args, overload
 
 from torch import Tensor
 
 from ..checks import check_bias, check_qkv, pair
 from ..dispatch import Operator
-from . import pytorch, reference
-from .pattern import Axis, Border, Pattern
+from . import reference
+from .library import torch_attention
+from .pattern import (
+    Border,
+    Pattern,
+    grid_axis,
+    neighborhood_axis,
+    overlapping_axis,
+    window_axis,
+)
 
-LOCAL_ATTENTION = Operator("local_attention", reference.local_attention, pytorch.local_attention)
+LOCAL_ATTENTION = Operator("local_attention", reference.local_attention, torch_attention)
 
 
 def window_attention(
@@ -65,8 +73,8 @@ def window_attention(
         q, k, v = (t.roll((-shift_y, -shift_x), (1, 2)) for t in (q, k, v))
         out = window_attention(q, k, v, window, bias=bias, scale=scale)
         return out.roll((shift_y, shift_x), (1, 2))
-    pattern = Pattern(Axis(height, window[0], shift_y), Axis(width, window[1], shift_x))
-    return _local_attention("window_attention", q, k, v, pattern, bias, scale)
+    pattern = Pattern(window_axis(height, window[0], shift_y), window_axis(width, window[1], shift_x))
+    return _local_attention("window_attention", q, k, v, pattern, bias, scale)[0]
 
 
 def overlapping_window_attention(
@@ -109,22 +117,154 @@ def overlapping_window_attention(
     window, overlap = pair("window_size", window_size), pair("overlap", overlap, minimum=0)
     if border not in get_args(Border):
         raise ValueError(f"border={border!r} is unknown; choose one of {', '.join(get_args(Border))}")
-    y, x = (Axis(size, w, 0, o, border) for size, w, o in zip((height, width), window, overlap))
+    y, x = (overlapping_axis(size, w, o, border) for size, w, o in zip((height, width), window, overlap))
     for name, axis in (("height", y), ("width", x)):
         if border == "clamp" and axis.length < axis.key_window:
             raise ValueError(
                 f"border='clamp' needs a {name} of at least window + 2 * overlap = {axis.key_window}, "
                 f"got {axis.length}; pad the map or choose 'zero' or 'mask'"
             )
-    return _local_attention("overlapping_window_attention", q, k, v, Pattern(y, x), bias, scale)
+    return _local_attention("overlapping_window_attention", q, k, v, Pattern(y, x), bias, scale)[0]
+
+
+def grid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_size: int | tuple[int, int],
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention among pixels that lie evenly spread over the whole map (MaxViT's grid,
+    https://arxiv.org/abs/2204.01697).
+
+    Every pixel sees a grid of `grid_size` by `grid_size` pixels, `ceil(side / grid_size)` apart. On sides
+    that the grid does not divide, some grids have fewer pixels.
+
+    Args:
+        q: queries `[B, H, W, heads, d]`.
+        k: keys, same shape.
+        v: values, same shape.
+        grid_size: pixels per side of a grid, or (height, width).
+        bias: relative table `[heads, 2 * height - 1, 2 * width - 1]` in grid steps or dense `[heads, height *
+            width, height * width]`.
+        scale: multiplies q·k; `d ** -0.5` by default.
+
+    Returns:
+        `[B, H, W, heads, d]`, contiguous.
+
+    Raises:
+        ValueError: shapes, devices, grid or bias do not fit.
+    """
+    sides, grid = check_qkv("grid_attention", q, k, v), pair("grid_size", grid_size)
+    y, x = (grid_axis(side, size) for side, size in zip(sides, grid))
+    return _local_attention("grid_attention", q, k, v, Pattern(y, x), bias, scale)[0]
+
+
+@overload
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] = ...,
+    dilation: int | tuple[int, int] = ...,
+    is_causal: bool | tuple[bool, bool] = ...,
+    bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] = ...,
+    dilation: int | tuple[int, int] = ...,
+    is_causal: bool | tuple[bool, bool] = ...,
+    bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    is_causal: bool | tuple[bool, bool] = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every pixel to its nearest `kernel_size` by `kernel_size` pixels.
+
+    Neighborhood attention (https://arxiv.org/abs/2204.07143), dilated (https://arxiv.org/abs/2209.15001) and
+    strided (https://arxiv.org/abs/2504.16922). At a border the neighborhood moves inwards: unless causal,
+    every query has all its keys. An even kernel has one key more before the query than behind it.
+
+    Args:
+        q: queries `[B, H, W, heads, d]`.
+        k: keys, same shape.
+        v: values, same shape.
+        kernel_size: keys per side, or (height, width).
+        stride: side of a block of queries that share their keys, or (y, x); at most the kernel size.
+        dilation: pixels from one key to the next, or (y, x); a query sees pixels of its own residue only.
+        is_causal: whether keys behind the query are absent, for both axes or (y, x).
+        bias: relative table `[heads, 2 * height - 1, 2 * width - 1]` of the kernel, in steps of `dilation`,
+            or dense `[heads, stride_y * stride_x, height * width]` over a block of queries and its keys.
+        scale: multiplies q·k; `d ** -0.5` by default.
+        return_lse: also return the natural log of the softmax denominator, differentiable.
+
+    Returns:
+        `[B, H, W, heads, d]`, contiguous; with `return_lse` also `[B, H, W, heads]`, at least float32.
+
+    Raises:
+        ValueError: shapes, devices or bias do not fit, a stride above the kernel size, or a map smaller than
+            `kernel_size * dilation`.
+    """
+    name = "neighborhood_attention"
+    sides, kernel = check_qkv(name, q, k, v), pair("kernel_size", kernel_size)
+    strides, dilations = pair("stride", stride), pair("dilation", dilation)
+    causal = pair("is_causal", is_causal, minimum=0)
+    for side, size, n, t, e in zip(("height", "width"), sides, kernel, strides, dilations):
+        if t > n:
+            raise ValueError(f"{name}: stride {t} is above kernel_size {n} ({side}); it must be at most that")
+        if n * e > size:
+            raise ValueError(
+                f"{name}: kernel_size {n} with dilation {e} needs a {side} of at least {n * e}, got {size}; "
+                f"pad the map by {n * e - size} pixels or choose a smaller kernel or dilation"
+            )
+    y, x = (
+        neighborhood_axis(*numbers) for numbers in zip(sides, kernel, strides, dilations, map(bool, causal))
+    )
+    out, lse = _local_attention(name, q, k, v, Pattern(y, x), bias, scale, return_lse)
+    return out if lse is None else (out, lse)
 
 
 def _local_attention(
-    name: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, scale: float | None
-) -> Tensor:
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None,
+    scale: float | None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     if bias is not None:
         heads = q.shape[3]
         check_bias(name, bias, q, (heads, *pattern.table_shape), (heads, *pattern.dense_shape))
-    return LOCAL_ATTENTION(
-        q, k, v, pattern, bias, q.shape[-1] ** -0.5 if scale is None else scale
-    ).contiguous()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = LOCAL_ATTENTION(q, k, v, pattern, bias, scale, return_lse)
+    return out.contiguous(), None if lse is None else lse.contiguous()

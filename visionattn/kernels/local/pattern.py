@@ -1,8 +1,10 @@
 """The geometry of local attention: which keys a query sees, axis by axis.
 
-Queries lie in blocks; all queries of a block see the same run of keys. Windows, shifted windows and
-overlapping windows (HAT, halo) differ only in where the blocks begin, how far the keys reach beyond their
-block, and what happens to keys beyond the border of the map. A 2-D pattern is the product of its two axes.
+Queries lie in blocks; all queries of a block see the same run of keys. Windows, shifted windows, overlapping
+windows (HAT, halo), grids and neighborhoods differ only in where the blocks begin, how many keys they see,
+what happens at the border of the map, and whether the axis is dilated into interleaved groups. Neighborhood
+attention with a stride is blocks of `stride` queries; without one, blocks of a single query. A 2-D pattern is
+the product of its two axes.
 """
 
 from __future__ import annotations
@@ -25,44 +27,60 @@ class Span(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`count` blocks of equal geometry, one window apart: the queries and keys of the first of them.
+    """`count` tiles of equal geometry, `step` pixels apart: the queries and keys of the first of them.
 
-    Key coordinates count the zero keys that `Axis.key_padding` adds; a border may cut a block or its keys.
+    Key coordinates count the zero keys that `Axis.key_padding` adds; a border may cut a tile or its keys.
+    `blocks` is the number of blocks in a tile; `masked` says that not every query of a tile sees all its
+    keys.
     """
 
     count: int
+    step: int
+    blocks: int
     query: Span
     key: Span
+    masked: bool
+
+
+class Group(NamedTuple):
+    """`count` interleaved groups of a dilated axis from residue `first` on; each of them is `axis`."""
+
+    first: int
+    count: int
+    axis: Axis
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a local pattern.
+    """One axis of a local pattern; every number but `length` counts steps of `dilation` pixels.
 
     Attributes:
-        length: size of the map along this axis.
+        length: size of the map along this axis, in pixels.
         window: queries in a block.
+        key_window: keys that a block sees when no border is near.
+        before: how many of these keys lie before the first query of the block.
         shift: where a block begins; blocks begin at `shift + n * window` for all integers n.
-        overlap: keys seen beyond the block on either side.
-        border: what keys beyond the map are: zero vectors that stay in the softmax (`"zero"`), absent
-            (`"mask"`), or replaced by moving the run of keys inwards (`"clamp"`).
+        border: what keys beyond the map are: zero vectors that stay in the softmax (`"zero"`, undilated axes
+            only), absent (`"mask"`), or replaced by moving the run of keys inwards (`"clamp"`).
+        dilation: pixels from one position of a group to the next; pixels attend inside their group.
+        is_causal: whether keys behind the query are absent.
     """
 
     length: int
     window: int
+    key_window: int
+    before: int = 0
     shift: int = 0
-    overlap: int = 0
     border: Border = "mask"
-
-    @property
-    def key_window(self) -> int:
-        """Keys that a block sees when no border is near."""
-        return self.window + 2 * self.overlap
+    dilation: int = 1
+    is_causal: bool = False
 
     @property
     def reach(self) -> int:
         """The largest |key - query|: a bias table has `2 * reach + 1` entries along this axis."""
-        return self.window - 1 + self.overlap * (2 if self.border == "clamp" else 1)
+        if self.border == "clamp":
+            return self.key_window - 1
+        return max(self.before + self.window, self.key_window - self.before) - 1
 
     @property
     def first_block(self) -> int:
@@ -71,7 +89,7 @@ class Axis:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that hold at least one query."""
+        """Blocks that hold at least one query, on an undilated axis."""
         return -(-(self.length - self.first_block) // self.window)
 
     @property
@@ -79,55 +97,133 @@ class Axis:
         """Zero keys that lie before and behind the map."""
         if self.border != "zero":
             return 0, 0
-        end = self.first_block + self.num_blocks * self.window + self.overlap
-        return self.overlap - self.first_block, end - self.length
+        end = self.first_block + (self.num_blocks - 1) * self.window - self.before + self.key_window
+        return self.before - self.first_block, end - self.length
 
-    def run(self, block: int, count: int = 1) -> Run:
-        """The geometry of `count` equal blocks from number `block` on."""
-        begin = self.first_block + block * self.window
-        query_start, query_stop = max(begin, 0), min(begin + self.window, self.length)
-        key_begin = begin - self.overlap
-        key_start, key_stop = key_begin, key_begin + self.key_window
-        if self.border == "clamp":
-            key_start = min(max(key_begin, 0), self.length - self.key_window)
-            key_begin, key_stop = key_start, key_start + self.key_window
-        elif self.border == "mask":
-            key_start, key_stop = max(key_start, 0), min(key_stop, self.length)
-        return Run(
-            count,
-            Span(query_start, query_stop - query_start, query_start - begin),
-            Span(key_start + self.key_padding[0], key_stop - key_start, key_start - key_begin),
+    def groups(self) -> list[Group]:
+        """The groups that dilation makes of the axis, those of equal length together."""
+        whole, longer = self.length // self.dilation, self.length % self.dilation
+        sizes = [(0, longer, whole + 1), (longer, self.dilation - longer, whole)]
+        return [Group(first, count, self._undilated(length)) for first, count, length in sizes if count > 0]
+
+    def _undilated(self, length: int) -> Axis:
+        return Axis(
+            length, self.window, self.key_window, self.before, self.shift, self.border, 1, self.is_causal
         )
 
-    def runs(self) -> list[Run]:
-        """All blocks in order, those that no border cuts gathered into one run."""
-        overlap = 0 if self.border == "zero" else self.overlap
-        whole_from = max(-(-(overlap - self.first_block) // self.window), 0)
-        whole_to = max((self.length - overlap - self.first_block) // self.window, whole_from)
-        if whole_from >= self.num_blocks:
-            return [self.run(block) for block in range(self.num_blocks)]
-        middle = [self.run(whole_from, whole_to - whole_from)] if whole_to > whole_from else []
-        head = [self.run(block) for block in range(whole_from)]
-        return head + middle + [self.run(whole_to + i) for i in range(self.num_blocks - whole_to)]
+    def block_keys(self, block: int) -> Span:
+        """The keys that a block of an undilated axis sees, causality aside."""
+        begin = self.first_block + block * self.window - self.before
+        start, stop = begin, begin + self.key_window
+        if self.border == "clamp":
+            begin = start = min(max(begin, 0), self.length - self.key_window)
+            stop = start + self.key_window
+        elif self.border == "mask":
+            start, stop = max(start, 0), min(stop, self.length)
+        return Span(start + self.key_padding[0], stop - start, start - begin)
 
-    def visibility(self, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The pattern written out for every pair: the form in which the reference uses it.
+    def run(self, tile: int, blocks: int = 1, count: int = 1) -> Run:
+        """The geometry of `count` equal tiles of `blocks` blocks from number `tile` on."""
+        first, last = tile * blocks, min(tile * blocks + blocks, self.num_blocks) - 1
+        begin = self.first_block + first * self.window
+        start, stop = max(begin, 0), min(begin + blocks * self.window, self.length)
+        keys, last_keys = self.block_keys(first), self.block_keys(last)
+        key_stop = stop if self.is_causal else last_keys.start + last_keys.length
+        return Run(
+            count,
+            blocks * self.window,
+            blocks,
+            Span(start, stop - start, start - begin),
+            Span(keys.start, key_stop - keys.start, keys.offset),
+            self.is_causal or keys != last_keys,
+        )
+
+    def runs(self, blocks: int = 1) -> list[Run]:
+        """All tiles of `blocks` blocks in order, those that no border cuts gathered into one run."""
+        size, tiles = blocks * self.window, -(-self.num_blocks // blocks)
+        before = after = 0
+        if self.border != "zero":
+            before, after = self.before, self.key_window - self.window - self.before
+        whole_from = max(-(-(before - self.first_block) // size), 0)
+        whole_to = max((self.length - after - self.first_block) // size, whole_from)
+        if whole_from >= tiles:
+            return [self.run(tile, blocks) for tile in range(tiles)]
+        middle = [self.run(whole_from, blocks, whole_to - whole_from)] if whole_to > whole_from else []
+        head = [self.run(tile, blocks) for tile in range(whole_from)]
+        return head + middle + [self.run(whole_to + i, blocks) for i in range(tiles - whole_to)]
+
+    def visibility(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The pattern written out for every pair of the given queries and keys.
+
+        Args:
+            query: pixels `[nq]`.
+            key: pixels `[nk]`, negative or beyond the map for the zero keys of `key_padding`.
 
         Returns:
-            `visible` `[length, keys]`, whether the query sees the key (zero keys of `key_padding` included);
-            `offset` `[length, keys]`, key - query; `query_position` `[length]` and `key_position`
-            `[length, keys]`, the places inside the block (meaningless where not visible).
+            `visible` `[nq, nk]`, whether the query sees the key; `offset` `[nq, nk]`, key - query in steps;
+            `query_position` `[nq]` and `key_position` `[nq, nk]`, the places inside the block and its run of
+            keys. All but the first are meaningless where not visible.
+        """
+        residue, step, key_step = query % self.dilation, query // self.dilation, key // self.dilation
+        begin = (step - self.shift).div(self.window, rounding_mode="floor") * self.window + self.shift
+        key_begin = begin - self.before
+        if self.border == "clamp":
+            group_length = (self.length - 1 - residue) // self.dilation + 1
+            key_begin = torch.minimum(key_begin.clamp(min=0), group_length - self.key_window)
+        key_position = key_step - key_begin[:, None]
+        visible = (key_position >= 0) & (key_position < self.key_window)
+        visible = visible & (key % self.dilation == residue[:, None])
+        if self.is_causal:
+            visible = visible & (key_step <= step[:, None])
+        return visible, key_step - step[:, None], step - begin, key_position
+
+    def key_ranges(self) -> list[tuple[int, int]]:
+        """For every query of an undilated axis, the first key that it sees and the one behind the last.
+
+        Coordinates as in `Run`.
+        """
+        ranges = []
+        for query in range(self.length):
+            keys = self.block_keys((query - self.first_block) // self.window)
+            ranges.append((keys.start, query + 1 if self.is_causal else keys.start + keys.length))
+        return ranges
+
+    def query_ranges(self) -> list[tuple[int, int]]:
+        """For every key of an undilated axis, the first query that sees it and the one behind the last.
+
+        These queries are contiguous in every pattern, so that gradients of keys need no scattered additions.
         """
         before, behind = self.key_padding
-        query = torch.arange(self.length, device=device)
-        key = torch.arange(-before, self.length + behind, device=device)
-        begin = (query - self.shift).div(self.window, rounding_mode="floor") * self.window + self.shift
-        key_begin = begin - self.overlap
-        if self.border == "clamp":
-            key_begin = key_begin.clamp(0, self.length - self.key_window)
-        key_position = key - key_begin[:, None]
-        visible = (key_position >= 0) & (key_position < self.key_window)
-        return visible, key - query[:, None], query - begin, key_position
+        ranges = [(self.length, 0)] * (before + self.length + behind)
+        for query, (start, stop) in enumerate(self.key_ranges()):
+            for key in range(start, stop):
+                ranges[key] = min(ranges[key][0], query), query + 1
+        return ranges
+
+
+def window_axis(length: int, window: int, shift: int = 0) -> Axis:
+    """Disjoint windows, cut at the borders."""
+    return Axis(length, window, window, shift=shift)
+
+
+def overlapping_axis(length: int, window: int, overlap: int, border: Border) -> Axis:
+    """Windows of queries that see `overlap` keys more on either side."""
+    return Axis(length, window, window + 2 * overlap, overlap, border=border)
+
+
+def neighborhood_axis(length: int, kernel: int, stride: int, dilation: int, is_causal: bool) -> Axis:
+    """Generalised neighborhood attention: the `kernel` keys nearest to each block of `stride` queries.
+
+    The block's leader, its middle or when causal its last query, stands in the middle of the keys (causal: at
+    their end); a block that the map cuts has the same keys as the clamped whole one.
+    """
+    before = kernel - stride if is_causal else kernel // 2 - stride // 2
+    return Axis(length, stride, kernel, before, 0, "clamp", dilation, is_causal)
+
+
+def grid_axis(length: int, size: int) -> Axis:
+    """Groups of at most `size` pixels, spread evenly over the axis, each seeing all of itself."""
+    return Axis(length, size, size, dilation=-(-length // size))
 
 
 @dataclass(frozen=True)
@@ -147,10 +243,18 @@ class Pattern:
         """Queries and keys of a whole block: the shape of a dense bias."""
         return self.y.window * self.x.window, self.y.key_window * self.x.key_window
 
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """The zero keys around `[B, H, W, heads, d]`, as `torch.nn.functional.pad` takes them."""
+        return (0, 0, 0, 0, *self.x.key_padding, *self.y.key_padding)
+
     def flops(self, heads: int, head_dim: int) -> int:
         """Multiply-adds of both products, counted as two operations each, for one sample."""
         pairs_y, pairs_x = (
-            sum(run.count * run.query.length * run.key.length for run in axis.runs())
+            sum(
+                group.count * sum(stop - start for start, stop in group.axis.key_ranges())
+                for group in axis.groups()
+            )
             for axis in (self.y, self.x)
         )
         return 4 * heads * head_dim * pairs_y * pairs_x

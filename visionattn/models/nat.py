@@ -1,0 +1,644 @@
+"""NAT and DiNAT: hierarchical transformers with (dilated) neighborhood attention, and their isotropic forms.
+
+Papers: "Neighborhood Attention Transformer", CVPR 2023, https://arxiv.org/abs/2204.07143; "Dilated
+Neighborhood Attention Transformer", https://arxiv.org/abs/2209.15001. Official code and weights:
+https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, Mlp, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint_seq
+from torch import Tensor, nn
+
+from ..layers import NeighborhoodAttention2d
+
+__all__ = ["NAT", "TASK_DILATIONS"]
+
+# Dilations per stage of the official dense-prediction backbones; their weights do not depend on them.
+TASK_DILATIONS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "coco": ((1, 28), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3)),
+    "ade20k": ((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2)),
+    "ade20k_640": (
+        (1, 20),
+        (1, 5, 1, 10),
+        (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5),
+        (1, 2),
+    ),
+    "mask2former": (
+        (1, 14),
+        (1, 4, 1, 7),
+        (1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 3),
+        (1,),
+    ),
+}
+
+
+class Block(nn.Module):
+    """Neighborhood attention and an MLP: two residual branches on `[B, H, W, C]`.
+
+    Args:
+        dim: channels.
+        num_heads: attention heads.
+        kernel_size: side of the neighborhood.
+        dilation: pixels from one key to the next.
+        mlp_ratio: hidden width of the MLP, as a multiple of `dim`.
+        drop_path: stochastic depth of both branches.
+        layer_scale: initial factor per channel of both branches, None for none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int,
+        dilation: int,
+        mlp_ratio: float,
+        drop_path: float,
+        layer_scale: float | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = NeighborhoodAttention2d(dim, num_heads, kernel_size, dilation, **dd)
+        self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+        self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class ConvDownsample(nn.Module):
+    """Overlapping 3x3 convolution of stride 2, then a norm: `[B, H, W, C]` to `[B, H / 2, W / 2, dim]`."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.reduction = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's merging of 2x2 pixels, a norm, a projection: `[B, H, W, C]` to `[B, H / 2, W / 2, dim]`."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(4 * in_dim, **dd)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bottom, right = x.shape[1] % 2, x.shape[2] % 2
+        x = F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        # Of the four pixels, rows run fastest: (0, 0), (1, 0), (0, 1), (1, 1).
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
+class Stem(nn.Module):
+    """Images `[B, in_chans, H, W]` to normalised patches `[B, dim, H / r, W / r]`.
+
+    Args:
+        in_chans: image channels.
+        dim: channels out.
+        patch_size: side of disjoint patches, the image filled up with zeros; None for two overlapping 3x3
+            convolutions of stride 2.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.patch_size = patch_size or 1
+        self.proj = (
+            nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
+            if patch_size
+            else nn.Sequential(
+                nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
+                nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
+            )
+        )
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
+        x = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        # Blocks work on channels-last maps; from here on no permutation copies.
+        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)))
+
+
+class Stage(nn.Module):
+    """Downsampling and blocks; `[B, C, H, W]` in and out, channels last in memory."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x.permute(0, 2, 3, 1))
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class NAT(nn.Module):
+    """NAT, DiNAT, DiNAT_s and their isotropic forms: one network with other sizes.
+
+    Any input size works: odd maps are rounded up, maps smaller than a neighborhood are filled up inside the
+    attention.
+
+    Args:
+        in_chans: input channels.
+        num_classes: classes; 0 for no classifier.
+        global_pool: pooling before the classifier, `"avg"`, `"max"`, `"avgmax"` or `""`.
+        embed_dim: channels of the first stage, doubled from stage to stage.
+        depths: blocks per stage.
+        num_heads: attention heads per stage.
+        kernel_size: side of the neighborhood.
+        dilations: per stage, dilations that its blocks repeat in order (the last ones, where the list is
+            longer than the stage); None is 1 everywhere. A name means the official list of that task:
+            `"coco"`, `"ade20k"`, `"ade20k_640"` or `"mask2former"`. Weights fit any dilations.
+        mlp_ratio: hidden width of the MLP, as a multiple of its channels.
+        patch_size: side of disjoint patches with Swin's patch merging between stages (DiNAT_s, isotropic);
+            None for overlapping convolutions.
+        layer_scale: initial factor per channel of the residual branches, None for none.
+        extra_norms: a LayerNorm per returned stage output, as the official dense backbones have.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 64,
+        depths: Sequence[int] = (3, 4, 6, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        kernel_size: int = 7,
+        dilations: str | Sequence[Sequence[int]] | None = None,
+        mlp_ratio: float = 3.0,
+        patch_size: int | None = None,
+        layer_scale: float | None = None,
+        extra_norms: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        reduction = patch_size or 4
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.min_size = 1
+        self.feature_info = [
+            {"num_chs": dim, "reduction": reduction * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(dims)
+        ]
+
+        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        steps = [d for stage in _dilations_of_blocks(dilations, depths) for d in stage]
+        settings = iter(zip(steps, rates))
+        downsample = PatchMerging if patch_size else ConvDownsample
+        stages = []
+        for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads)):
+            blocks = [
+                Block(dim, heads, kernel_size, dilation, mlp_ratio, rate, layer_scale, **dd)
+                for dilation, rate in islice(settings, depth)
+            ]
+            stages.append(Stage(downsample(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
+        self.stem = Stem(in_chans, embed_dim, patch_size, **dd)
+        self.stages = nn.Sequential(*stages)
+        self.extra_norms = (
+            nn.ModuleList(LayerNorm2d(dim, eps=1e-5, **dd) for dim in dims) if extra_norms else None
+        )
+        self.norm = LayerNorm2d(dims[-1], eps=1e-5, **dd)
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: the biases."""
+        return {name for name, _ in self.named_parameters() if name.endswith("attn.rpb")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers for layer-wise decay."""
+        blocks = r"^stages\.(\d+)"
+        fine = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^(?:norm|extra_norms)", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": blocks if coarse else fine}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing what they hold."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The final linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` (0: none), optionally with another pooling."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs, as timm defines this method.
+
+        Args:
+            x: images `[B, C, H, W]`.
+            indices: which stages: the last n, a list, or all.
+            norm: apply the final norm to the last stage's output.
+            stop_early: do not run stages beyond the last one asked for.
+            output_fmt: `"NCHW"`.
+            intermediates_only: return the stage outputs alone.
+
+        Returns:
+            Stage outputs `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next
+            stage sees the map before it), preceded by the final features unless `intermediates_only`.
+
+        Raises:
+            ValueError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: max_index + 1] if stop_early else self.stages
+        intermediates = []
+        x = self.stem(x)
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            last = i == len(self.stages) - 1
+            if i in take_indices:
+                out = self.norm(x) if norm and last else x
+                intermediates.append(out if self.extra_norms is None else self.extra_norms[i](out))
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the given stage outputs do not need; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        if prune_norm or max_index < len(self.stages) - 1:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: max_index + 1]
+        if self.extra_norms is not None:
+            self.extra_norms = nn.ModuleList(
+                norm if i in take_indices else nn.Identity()
+                for i, norm in enumerate(self.extra_norms[: max_index + 1])
+            )
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to the normalised last map `[B, C, H / r, W / r]`."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map to logits `[B, num_classes]`, or with `pre_logits` to pooled features `[B, C]`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _dilations_of_blocks(
+    dilations: str | Sequence[Sequence[int]] | None, depths: Sequence[int]
+) -> list[list[int]]:
+    """The dilation of every block of every stage."""
+    if isinstance(dilations, str):
+        if dilations not in TASK_DILATIONS:
+            raise ValueError(f"dilations={dilations!r} is unknown; choose one of {', '.join(TASK_DILATIONS)}")
+        dilations = TASK_DILATIONS[dilations]
+    dilations = dilations or [(1,)] * len(depths)
+    if len(dilations) != len(depths) or not all(map(len, dilations)):
+        raise ValueError(
+            f"dilations must name at least one for each of {len(depths)} stages, got {dilations}"
+        )
+    return [list(islice(cycle(steps[-depth:]), depth)) for steps, depth in zip(dilations, depths)]
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: NAT) -> dict[str, Tensor]:
+    """Rename the official parameters to ours; our own names pass unchanged.
+
+    The official networks have a stage's downsampling at the end of the stage before. The isotropic ones have
+    one list of blocks, and their baseline with full attention stores an index buffer.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    renames = [
+        (r"^patch_embed\.", "stem."),
+        (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+        (r"^layers\.(\d+)\.", r"stages.0.blocks.\1."),
+        (r"\.gamma([12])$", r".ls\1.gamma"),
+        (r"^norm(\d)\.", r"extra_norms.\1."),
+        (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    ]
+    out = {}
+    for name, value in state_dict.items():
+        if match := re.match(r"(?:levels|layers)\.(\d+)\.downsample\.(.*)", name):
+            name = f"stages.{int(match[1]) + 1}.downsample.{match[2]}"
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if not name.endswith("relative_position_index"):
+            out[name] = value
+    return out
+
+
+def _cfg(file: str, top1: float | None, **kwargs: Any) -> dict[str, Any]:
+    folder = "nat/checkpoints" if file.startswith("CLS/") else "dinat/checkpoints"
+    size = kwargs.get("input_size", (3, 224, 224))[-1]
+    return {
+        "url": f"https://shi-labs.com/projects/{folder}/{file}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": 0.875 if size == 224 else 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.proj.0",
+        "classifier": "head.fc",
+        "license": "mit",
+        "paper_ids": "arXiv:2204.07143" if file.startswith("CLS/") else "arXiv:2209.15001",
+        "paper_name": "Neighborhood Attention Transformer"
+        if file.startswith("CLS/")
+        else "Dilated Neighborhood Attention Transformer",
+        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+        "notes": (f"ImageNet-1k top-1 {top1}",) if top1 else (),
+        **kwargs,
+    }
+
+
+_PATCHES: dict[str, Any] = {"first_conv": "stem.proj"}
+_ISOTROPIC: dict[str, Any] = {"first_conv": "stem.proj", "pool_size": (14, 14)}
+_384: dict[str, Any] = {"input_size": (3, 384, 384)}
+_22K: dict[str, Any] = {"num_classes": 21841}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "nat_mini.in1k": _cfg("CLS/nat_mini", 81.8),
+        "nat_tiny.in1k": _cfg("CLS/nat_tiny", 83.2),
+        "nat_small.in1k": _cfg("CLS/nat_small", 83.7),
+        "nat_base.in1k": _cfg("CLS/nat_base", 84.3),
+        "dinat_mini.in1k": _cfg("imagenet1k/dinat_mini_in1k_224", 81.8),
+        "dinat_tiny.in1k": _cfg("imagenet1k/dinat_tiny_in1k_224", 82.7),
+        "dinat_small.in1k": _cfg("imagenet1k/dinat_small_in1k_224", 83.8),
+        "dinat_base.in1k": _cfg("imagenet1k/dinat_base_in1k_224", 84.4),
+        "dinat_large.in22k_ft_in1k": _cfg("imagenet1k/dinat_large_in22k_in1k_224", 86.6),
+        "dinat_large.in22k": _cfg("imagenet22k/dinat_large_in22k_224", None, **_22K),
+        "dinat_large_384.in22k_ft_in1k": _cfg("imagenet1k/dinat_large_in22k_in1k_384", 87.4, **_384),
+        "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
+            "imagenet1k/dinat_large_in22k_in1k_384_11x11", 87.5, **_384
+        ),
+        "dinat_large_384_11x11.in22k": _cfg("imagenet22k/dinat_large_in22k_224_11x11interp", None, **_22K),
+        "dinat_s_tiny.in1k": _cfg("imagenet1k/dinat_s_tiny_in1k_224", 81.8, **_PATCHES),
+        "dinat_s_small.in1k": _cfg("imagenet1k/dinat_s_small_in1k_224", 83.5, **_PATCHES),
+        "dinat_s_base.in1k": _cfg("imagenet1k/dinat_s_base_in1k_224", 83.8, **_PATCHES),
+        "dinat_s_large.in22k_ft_in1k": _cfg("imagenet1k/dinat_s_large_in1k_224", 86.5, **_PATCHES),
+        "dinat_s_large.in22k": _cfg("imagenet22k/dinat_s_large_in22k_224", None, **_PATCHES, **_22K),
+        "dinat_s_large_384.in22k_ft_in1k": _cfg(
+            "imagenet1k/dinat_s_large_in1k_384", 87.4, **_PATCHES, **_384
+        ),
+        "nat_isotropic_small.in1k": _cfg("isotropic/nat_isotropic_small_in1k_224", 80.0, **_ISOTROPIC),
+        "nat_isotropic_base.in1k": _cfg("isotropic/nat_isotropic_base_in1k_224", 81.6, **_ISOTROPIC),
+        "dinat_isotropic_small.in1k": _cfg("isotropic/dinat_isotropic_small_in1k_224", 80.8, **_ISOTROPIC),
+        "dinat_isotropic_base.in1k": _cfg("isotropic/dinat_isotropic_base_in1k_224", 82.1, **_ISOTROPIC),
+        "vitrpb_small.in1k": _cfg("isotropic/vitrpb_small_in1k_224", 81.2, **_ISOTROPIC),
+        "vitrpb_base.in1k": _cfg("isotropic/vitrpb_base_in1k_224", 82.5, **_ISOTROPIC),
+    }
+)
+
+
+def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
+    stages = len(kwargs["depths"])
+    return build_model_with_cfg(
+        NAT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(range(stages)), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+_MINI: dict[str, Any] = {"embed_dim": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3}
+_TINY: dict[str, Any] = {**_MINI, "depths": (3, 4, 18, 5)}
+_SMALL: dict[str, Any] = {**_TINY, "embed_dim": 96, "num_heads": (3, 6, 12, 24), "mlp_ratio": 2}
+_BASE: dict[str, Any] = {**_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "layer_scale": 1e-5}
+_LARGE: dict[str, Any] = {**_SMALL, "embed_dim": 192, "num_heads": (6, 12, 24, 48)}
+_DILATED: dict[str, Any] = {"dilations": ((1, 8), (1, 4), (1, 2), (1,))}
+_DILATED_384: dict[str, Any] = {"dilations": ((1, 13), (1, 6), (1, 3), (1,))}
+_S_TINY: dict[str, Any] = {**_DILATED, "patch_size": 4, "mlp_ratio": 4, "depths": (2, 2, 6, 2)}
+_S_SMALL: dict[str, Any] = {**_S_TINY, "depths": (2, 2, 18, 2)}
+_S_LARGE: dict[str, Any] = {**_S_SMALL, "embed_dim": 192, "num_heads": (6, 12, 24, 48)}
+_ISO_SMALL: dict[str, Any] = {
+    "embed_dim": 384,
+    "depths": (12,),
+    "num_heads": (12,),
+    "mlp_ratio": 4,
+    "patch_size": 16,
+}
+_ISO_BASE: dict[str, Any] = {**_ISO_SMALL, "embed_dim": 768, "num_heads": (24,)}
+
+
+@register_model
+def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Mini: 20.0 M parameters, 2.7 GMACs at 224."""
+    return _create_nat("nat_mini", pretrained, **{**_MINI, **kwargs})
+
+
+@register_model
+def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Tiny: 27.9 M parameters, 4.3 GMACs at 224."""
+    return _create_nat("nat_tiny", pretrained, **{**_TINY, **kwargs})
+
+
+@register_model
+def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Small, with layer scale: 50.7 M parameters, 7.8 GMACs at 224."""
+    return _create_nat("nat_small", pretrained, **{**_SMALL, "layer_scale": 1e-5, **kwargs})
+
+
+@register_model
+def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Base: 89.8 M parameters, 13.7 GMACs at 224."""
+    return _create_nat("nat_base", pretrained, **{**_BASE, **kwargs})
+
+
+@register_model
+def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Mini: 20.0 M parameters, 2.7 GMACs at 224."""
+    return _create_nat("dinat_mini", pretrained, **{**_MINI, **_DILATED, **kwargs})
+
+
+@register_model
+def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Tiny: 27.9 M parameters, 4.3 GMACs at 224."""
+    return _create_nat("dinat_tiny", pretrained, **{**_TINY, **_DILATED, **kwargs})
+
+
+@register_model
+def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Small: 50.7 M parameters, 7.8 GMACs at 224."""
+    return _create_nat("dinat_small", pretrained, **{**_SMALL, **_DILATED, **kwargs})
+
+
+@register_model
+def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Base: 89.8 M parameters, 13.7 GMACs at 224."""
+    return _create_nat("dinat_base", pretrained, **{**_BASE, **_DILATED, **kwargs})
+
+
+@register_model
+def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large: 200.9 M parameters, 30.6 GMACs at 224."""
+    return _create_nat("dinat_large", pretrained, **{**_LARGE, **_DILATED, **kwargs})
+
+
+@register_model
+def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large with the dilations for 384: 200.9 M parameters, 89.7 GMACs at 384."""
+    return _create_nat("dinat_large_384", pretrained, **{**_LARGE, **_DILATED_384, **kwargs})
+
+
+@register_model
+def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large with 11x11 neighborhoods: 201.1 M parameters, 92.4 GMACs at 384."""
+    return _create_nat(
+        "dinat_large_384_11x11", pretrained, **{**_LARGE, **_DILATED, "kernel_size": 11, **kwargs}
+    )
+
+
+@register_model
+def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT_s-Tiny, the layout of Swin-T: 28.3 M parameters, 4.5 GMACs at 224."""
+    return _create_nat(
+        "dinat_s_tiny", pretrained, **{**_S_TINY, "embed_dim": 96, "num_heads": (3, 6, 12, 24), **kwargs}
+    )
+
+
+@register_model
+def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT_s-Small: 49.6 M parameters, 8.7 GMACs at 224."""
+    return _create_nat(
+        "dinat_s_small", pretrained, **{**_S_SMALL, "embed_dim": 96, "num_heads": (3, 6, 12, 24), **kwargs}
+    )
+
+
+@register_model
+def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT_s-Base: 87.8 M parameters, 15.4 GMACs at 224."""
+    return _create_nat(
+        "dinat_s_base", pretrained, **{**_S_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), **kwargs}
+    )
+
+
+@register_model
+def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT_s-Large: 196.5 M parameters, 34.5 GMACs at 224."""
+    return _create_nat("dinat_s_large", pretrained, **{**_S_LARGE, **kwargs})
+
+
+@register_model
+def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT_s-Large with the dilations for 384: 196.5 M parameters, 101.5 GMACs at 384."""
+    return _create_nat("dinat_s_large_384", pretrained, **{**_S_LARGE, **_DILATED_384, **kwargs})
+
+
+@register_model
+def nat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT with one stage of 16x16 patches: 22.0 M parameters."""
+    return _create_nat("nat_isotropic_small", pretrained, **{**_ISO_SMALL, **kwargs})
+
+
+@register_model
+def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT with one stage of 16x16 patches: 86.5 M parameters."""
+    return _create_nat("nat_isotropic_base", pretrained, **{**_ISO_BASE, **kwargs})
+
+
+@register_model
+def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT with one stage of 16x16 patches: 22.0 M parameters."""
+    return _create_nat(
+        "dinat_isotropic_small", pretrained, **{**_ISO_SMALL, "dilations": ((1, 2),), **kwargs}
+    )
+
+
+@register_model
+def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT with one stage of 16x16 patches: 86.5 M parameters."""
+    return _create_nat("dinat_isotropic_base", pretrained, **{**_ISO_BASE, "dilations": ((1, 2),), **kwargs})
+
+
+@register_model
+def vitrpb_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """The ViT baseline: full attention with a relative bias at 224, 14x14 neighborhoods above."""
+    return _create_nat("vitrpb_small", pretrained, **{**_ISO_SMALL, "kernel_size": 14, **kwargs})
+
+
+@register_model
+def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """The ViT baseline: full attention with a relative bias at 224, 14x14 neighborhoods above."""
+    return _create_nat("vitrpb_base", pretrained, **{**_ISO_BASE, "kernel_size": 14, **kwargs})
