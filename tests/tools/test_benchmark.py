@@ -82,9 +82,19 @@ def test_comparison(family: str, train: bool):
     assert 0 < row.our_memory < row.authors_memory
 
 
-def test_every_registered_family_has_a_formulation():
+def test_every_variant_of_a_family_has_its_formulation_and_other_families_are_refused():
+    found = set()
     for name in model_names():
-        assert models.formulation_of(name) in FORMULATIONS.values()
+        family = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
+        if family in FORMULATIONS:
+            assert models.formulation_of(name) is FORMULATIONS[family]
+            found.add(family)
+        else:
+            with pytest.raises(
+                InputError, match=f"formulation of {name} is not at hand, only that of biformer"
+            ):
+                models.formulation_of(name)
+    assert found == set(FORMULATIONS)
 
 
 def test_names_are_checked_before_work_starts():
