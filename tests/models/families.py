@@ -49,7 +49,7 @@ for _attention in ("agent", "inline"):
         SMALL[f"{_attention}_{_host}"] = _sizes
 # The longer names first: the first that fits counts.
 for _form in ("nat_isotropic", "dinat_isotropic", "vitrpb"):
-    SMALL[_form] = {"depths": (2,), "embed_dim": 32, "num_heads": (2,), "mlp_ratio": 1}
+    SMALL[_form] = {"depths": (4,), "embed_dim": 32, "num_heads": (2,), "mlp_ratio": 1}
 for _form in ("nat", "dinat"):
     SMALL[_form] = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 2, 4), "mlp_ratio": 1}
 SMALL["l2vit"] = {"depths": (2, 2, 2, 2), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}

@@ -90,9 +90,7 @@ def test_every_variant_of_a_family_has_its_formulation_and_other_families_are_re
             assert models.formulation_of(name) is FORMULATIONS[family]
             found.add(family)
         else:
-            with pytest.raises(
-                InputError, match=f"formulation of {name} is not at hand, only that of biformer"
-            ):
+            with pytest.raises(InputError, match=f"{name} is not at hand, only that of biformer"):
                 models.formulation_of(name)
     assert found == set(FORMULATIONS)
 

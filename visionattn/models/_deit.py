@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..kernels.checks import pair
 from ..layers.maps import on_nhwc
 from ._hosts import Attention, Size, fit_tables, resize_tokens
-from ._pyramid import Block, check_size, drop_path_rates, init_linear
+from ._pyramid import Block, init_linear
+from ._shared import check_size, drop_path_rates
 
 
 class SoftmaxAttention(nn.Module):

@@ -20,7 +20,8 @@ from ..kernels import window_attention
 from ..kernels.checks import pair
 from ..layers import WindowAttention2d
 from ..layers.maps import fill_up, on_nhwc
-from ._pyramid import Block, Pyramid, Stage, drop_path_rates
+from ._pyramid import Block, Pyramid, Stage
+from ._shared import drop_path_rates
 
 # Called as `attention(dim, num_heads, stage=i, size=(height, width), device=..., dtype=...)`, the size being
 # that of the stage's map at the training size.

@@ -15,6 +15,8 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from ._shared import check_size
+
 
 class Block(nn.Module):
     """Attention, then an MLP: two residual branches with a norm before each.
@@ -227,24 +229,6 @@ class Pyramid(nn.Module):
     def _stem(self, x: Tensor) -> Tensor:
         check_size(x, self.min_size)
         return self.stem(x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
-
-
-def check_size(x: Tensor, min_size: int) -> None:
-    """Refuse images `[B, C, H, W]` smaller than a network can take.
-
-    Raises:
-        ValueError: a side below `min_size` pixels.
-    """
-    if min(x.shape[-2:]) < min_size:
-        raise ValueError(
-            f"an input of {x.shape[-2]}x{x.shape[-1]} is too small: "
-            f"each side must be at least {min_size} pixels"
-        )
-
-
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Stochastic depth of each block, growing linearly from 0 to `rate`."""
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 def init_linear(module: nn.Module) -> None:

@@ -50,19 +50,6 @@ class RestorationInfo:
     out_channels: int | None = None
 
 
-def check_size(x: Tensor, min_size: int) -> None:
-    """Refuse images `[B, C, H, W]` with a side below `min_size` pixels.
-
-    Raises:
-        ValueError: says the size and the smallest one.
-    """
-    height, width = x.shape[-2:]
-    if min(height, width) < min_size:
-        raise ValueError(
-            f"an input of {height}x{width} is too small: each side must be at least {min_size} pixels"
-        )
-
-
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Reflect-pad `x` `[B, C, H, W]` on the right and bottom to a multiple of `multiple` pixels.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..layers import BiLevelRoutingAttention
 from ..layers.maps import on_nhwc
+from ._shared import check_size, drop_path_rates
 
 __all__ = ["BiFormer"]
 
@@ -165,7 +166,7 @@ class BiFormer(nn.Module):
             for i, dim in enumerate(embed_dims)
         ]
 
-        rates = iter(_drop_path_rates(drop_path_rate, sum(depths)))
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         routing: dict[str, Any] = {"n_win": n_win, "auto_pad": auto_pad}
         routing["pad"] = "input" if operator == "nhwc" else "projected"
         stages = []
@@ -295,11 +296,7 @@ class BiFormer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def _stem(self, x: Tensor) -> Tensor:
-        if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"an input of {x.shape[-2]}x{x.shape[-1]} is too small: "
-                f"each side must be at least {self.min_size} pixels"
-            )
+        check_size(x, self.min_size)
         # Blocks work on channels-last maps; from here on no permutation copies.
         return self.stem(x.contiguous(memory_format=torch.channels_last))
 
@@ -313,10 +310,6 @@ def _min_size(patch_conv: bool, operator: str, n_win: int, topks: Sequence[int])
     if operator == "nhwc":
         return patches
     return max(patches, n_win * routed if patch_conv else (n_win - 1) * routed + 1)
-
-
-def _drop_path_rates(rate: float, depth: int) -> list[float]:
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 def _stem(in_chans: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> nn.Sequential:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from ..kernels.precision import at_least_float32, without_autocast
 from ..layers.maps import mirror_index, on_nhwc
-from ._restoration import RestorationInfo, build_restoration, check_size, super_resolution_cfg, upsampler
+from ._restoration import RestorationInfo, build_restoration, super_resolution_cfg, upsampler
+from ._shared import check_size
 
 __all__ = ["CATANet"]
 

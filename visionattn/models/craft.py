@@ -25,9 +25,9 @@ from ._restoration import (
     DIV2K_MEAN,
     RestorationInfo,
     build_restoration,
-    check_size,
     super_resolution_cfg,
 )
+from ._shared import check_size
 
 __all__ = ["CRAFT"]
 

@@ -25,6 +25,7 @@ from ._restoration import (
     pad_to_multiple,
     upsampler,
 )
+from ._shared import drop_path_rates
 
 __all__ = ["HAT"]
 
@@ -265,8 +266,7 @@ class HAT(nn.Module):
         def attention(**kwargs: int) -> WindowAttention:
             return WindowAttention(embed_dim, num_heads, window_size, qkv_bias=qkv_bias, **kwargs, **dd)
 
-        total = sum(depths)
-        rates = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         layers = []
         for depth in depths:
             blocks = []

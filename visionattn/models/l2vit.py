@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..layers import LinearAttention2d, WindowAttention2d
 from ..layers.maps import fill_up, on_nhwc
-from ._pyramid import Block, Pyramid, Stage, drop_path_rates
+from ._pyramid import Block, Pyramid, Stage
+from ._shared import drop_path_rates
 
 __all__ = ["L2ViT"]
 

@@ -21,6 +21,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d
+from ._shared import check_size, drop_path_rates
 
 __all__ = ["NAT", "TASK_DILATIONS"]
 
@@ -157,6 +158,7 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_size(x, 1)
         bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
         x = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
         # Blocks work on channels-last maps; from here on no permutation copies.
@@ -236,7 +238,7 @@ class NAT(nn.Module):
             for i, dim in enumerate(dims)
         ]
 
-        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        rates = drop_path_rates(drop_path_rate, sum(depths))
         steps = [d for stage in _dilations_of_blocks(dilations, depths) for d in stage]
         settings = iter(zip(steps, rates))
         downsample = PatchMerging if patch_size else ConvDownsample
@@ -272,8 +274,9 @@ class NAT(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of storing what they hold."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """The final linear layer."""

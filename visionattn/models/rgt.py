@@ -23,10 +23,10 @@ from ._restoration import (
     DIV2K_MEAN,
     RestorationInfo,
     build_restoration,
-    check_size,
     super_resolution_cfg,
     upsampler,
 )
+from ._shared import check_size
 
 __all__ = ["RGT"]
 
