@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d
-from ._shared import check_size, drop_path_rates
+from ._backbone import Backbone, CheckpointedStage
+from ._shared import drop_path_rates
 
 __all__ = ["NAT", "TASK_DILATIONS"]
 
@@ -158,21 +158,19 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_size(x, 1)
         bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
         x = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
         # Blocks work on channels-last maps; from here on no permutation copies.
         return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)))
 
 
-class Stage(nn.Module):
+class Stage(CheckpointedStage):
     """Downsampling and blocks; `[B, C, H, W]` in and out, channels last in memory."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x.permute(0, 2, 3, 1))
@@ -180,7 +178,7 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class NAT(nn.Module):
+class NAT(Backbone):
     """NAT, DiNAT, DiNAT_s and their isotropic forms: one network with other sizes.
 
     Any input size works: odd maps are rounded up, maps smaller than a neighborhood are filled up inside the
@@ -261,102 +259,6 @@ class NAT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: the biases."""
         return {name for name, _ in self.named_parameters() if name.endswith("attn.rpb")}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers for layer-wise decay."""
-        blocks = r"^stages\.(\d+)"
-        fine = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(?:norm|extra_norms)", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": blocks if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The final linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for `num_classes` (0: none), optionally with another pooling."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stage outputs, as timm defines this method.
-
-        Args:
-            x: images `[B, C, H, W]`.
-            indices: which stages: the last n, a list, or all.
-            norm: apply the final norm to the last stage's output.
-            stop_early: do not run stages beyond the last one asked for.
-            output_fmt: `"NCHW"`.
-            intermediates_only: return the stage outputs alone.
-
-        Returns:
-            Stage outputs `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next
-            stage sees the map before it), preceded by the final features unless `intermediates_only`.
-
-        Raises:
-            ValueError: another `output_fmt`.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        stages = self.stages[: max_index + 1] if stop_early else self.stages
-        intermediates = []
-        x = self.stem(x)
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            last = i == len(self.stages) - 1
-            if i in take_indices:
-                out = self.norm(x) if norm and last else x
-                intermediates.append(out if self.extra_norms is None else self.extra_norms[i](out))
-        if intermediates_only:
-            return intermediates
-        return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the given stage outputs do not need; returns their indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        if prune_norm or max_index < len(self.stages) - 1:
-            self.norm = nn.Identity()
-        self.stages = self.stages[: max_index + 1]
-        if self.extra_norms is not None:
-            self.extra_norms = nn.ModuleList(
-                norm if i in take_indices else nn.Identity()
-                for i, norm in enumerate(self.extra_norms[: max_index + 1])
-            )
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to the normalised last map `[B, C, H / r, W / r]`."""
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map to logits `[B, num_classes]`, or with `pre_logits` to pooled features `[B, C]`."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _dilations_of_blocks(
