@@ -1,0 +1,51 @@
+"""How the authors of a family write its attention, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass(frozen=True)
+class Formulation:
+    """How the authors of a family write its attention.
+
+    Attributes:
+        module: the file whose kernels are replaced.
+        functions: replacements by the names that the file imports.
+        sizes: inputs (height, width) that a comparison uses unless told otherwise.
+        what: the formulation in a few words.
+        per_forward: caches that the authors' network fills anew in every forward pass.
+    """
+
+    module: ModuleType
+    functions: dict[str, Callable[..., Tensor]]
+    sizes: tuple[tuple[int, int], ...]
+    what: str
+    per_forward: tuple[Callable[[], None], ...] = ()
+
+    @contextmanager
+    def in_place_of_kernels(self, net: nn.Module) -> Iterator[None]:
+        """Inside the block, `net` and every other network of the family computes as the authors do."""
+
+        def start_forward(*args: object) -> None:
+            for clear in self.per_forward:
+                clear()
+
+        ours = {name: getattr(self.module, name) for name in self.functions}
+        hook = net.register_forward_pre_hook(start_forward)
+        for name, function in self.functions.items():
+            setattr(self.module, name, function)
+        try:
+            # Attention that a family leaves to PyTorch is written out in products there.
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            hook.remove()
+            for name, function in ours.items():
+                setattr(self.module, name, function)
