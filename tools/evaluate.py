@@ -1,4 +1,4 @@
-"""Judge a network on the held-out data of a configuration or of a run."""
+"""Judge a network on the held-out data of a configuration or of a run, or on images that are named."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ EXAMPLE = """examples:
   python tools/evaluate.py runs/biformer_digits --require 'top1>=97'
   python tools/evaluate.py runs/biformer_digits --checkpoint runs/biformer_digits/checkpoints/last.safetensors
   python tools/evaluate.py configs/classification/biformer_tiny_imagenet.yaml --checkpoint FILE data.root=DIR
+  python tools/evaluate.py hat_x4 --checkpoint HAT_SRx4.pth --data Set5/HR --inputs Set5/LR_bicubic/X4 \\
+      'data.eval_template={}x4' --self-ensemble --csv set5.csv
 """
 
 
@@ -17,9 +19,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="CONFIG|RUN_FOLDER", help="a YAML file, or the folder of a run")
+    parser.add_argument(
+        "source", metavar="CONFIG|RUN_FOLDER|MODEL", help="a YAML file, the folder of a run, or a network"
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="options in place of its own")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights; default: the best of the run folder")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weights; default: the best of the run, or the published ones"
+    )
+    parser.add_argument("--data", metavar="DIR", help="restoration: the true images, a folder or *.lmdb")
+    parser.add_argument(
+        "--inputs", metavar="DIR", help="their inputs; default: bicubic reduction, or data.degradations"
+    )
+    parser.add_argument(
+        "--self-ensemble", action="store_true", help="restoration: average over flips and transpositions (x8)"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write the figures of every image")
     parser.add_argument(
         "--require",
         metavar="METRIC>=VALUE",
@@ -27,19 +41,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=[],
         help="end with status 1 unless the metric reaches the value; may be given several times",
     )
-    return parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.inputs and not parsed.data:
+        parser.error("--inputs needs the true images: --data DIR")
+    flags = {
+        "data.source": parsed.data and "folders",
+        "data.eval_gt": parsed.data,
+        "data.eval_lq": parsed.inputs or (parsed.data and "[]"),
+        "self_ensemble": parsed.self_ensemble and "true",
+    }
+    parsed.overrides = [*(f"{key}={value}" for key, value in flags.items() if value), *parsed.overrides]
+    return parsed
 
 
 def main(arguments: argparse.Namespace) -> None:
     from visionattn import tasks
-    from visionattn.engine.cli import check_requirements
+    from visionattn.engine.cli import check_requirements, write_rows
     from visionattn.engine.distributed import process_index
     from visionattn.engine.loop import evaluate
 
     config = tasks.load_trained_config(arguments.source, arguments.overrides, arguments.checkpoint)
-    metrics = evaluate(tasks.create_task(config))
+    task = tasks.create_task(config)
+    metrics = evaluate(task)
     if process_index() == 0:
         print("\n".join(f"{name}: {value:.6g}" for name, value in metrics.items()))
+        if arguments.csv:
+            write_rows(arguments.csv, task.rows)
     check_requirements(metrics, arguments.require)
 
 

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from visionattn.data.degradations import bicubic_low_resolution, modcrop, to_uint8
+from visionattn.data.files import pair_files
 from visionattn.data.images import ImageError, read_image, to_pil
-from visionattn.data.paired import PairedImages, TrainingCrops, folder_files
+from visionattn.data.paired import PairedImages, TrainingCrops
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -29,7 +30,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_folders_give_the_same_pairs_as_the_reduction(folders: tuple[Path, Path]):
-    gt_files, lq_files = folder_files(*folders, "{}x3")
+    gt_files, lq_files = pair_files(*folders, "{}x3")
     stored, made = PairedImages(gt_files, 3, lq_files), PairedImages(gt_files, 3)
     assert stored.names == ["0001", "0002"]
     for a, b in zip(stored, made, strict=True):  # type: ignore[call-overload]
@@ -57,7 +58,7 @@ def test_reduced_crops_equal_crops_of_the_reduction(tmp_path: Path, upscale: int
 
 
 def test_crops_are_aligned_and_follow_the_seed(folders: tuple[Path, Path]):
-    gt_files, lq_files = folder_files(*folders, "{}x3")
+    gt_files, lq_files = pair_files(*folders, "{}x3")
     crops = TrainingCrops(PairedImages(gt_files, 3, lq_files, min_side=10, in_memory=True), 10, repeat=3)
     assert len(crops) == 6
 
@@ -104,13 +105,13 @@ def test_broken_images_end_the_run_or_are_left_out(tmp_path: Path):
 
 def test_inputs_must_belong_to_their_truths(folders: tuple[Path, Path]):
     gt_folder, lq_folder = folders
-    gt_files, lq_files = folder_files(gt_folder, lq_folder, "{}x3")
+    gt_files, lq_files = pair_files(gt_folder, lq_folder, "{}x3")
     with pytest.raises(ImageError, match="not 2 times"):
         PairedImages(gt_files, 2, lq_files)
     with pytest.raises(FileNotFoundError, match=r"2 of 2 images .* have no input"):
-        folder_files(gt_folder, lq_folder, "{}x2")
+        pair_files(gt_folder, lq_folder, "{}x2")
     with pytest.raises(ValueError, match=r"must hold \{\}"):
-        folder_files(gt_folder, lq_folder, "x3")
+        pair_files(gt_folder, lq_folder, "x3")
     Image.new("RGB", (8, 8)).save(gt_folder / "0001.bmp")
     with pytest.raises(ValueError, match="share a name"):
-        folder_files(gt_folder)
+        pair_files(gt_folder)

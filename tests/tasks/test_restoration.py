@@ -138,8 +138,8 @@ def test_several_folders_and_stored_inputs(folders: dict[str, Any], tmp_path: Pa
     [
         ({"model": {"name": "resnet18", "kwargs": {}}}, "resnet18 is not a restoration network"),
         (
-            {"model": {"name": "hat_s_x2", "kwargs": {**TINY, "in_chans": 1}}},
-            "RGB, but hat_s_x2 has 1 channels",
+            {"model": {"name": "hat_s_x2", "kwargs": {**TINY, "in_chans": 1}}, "metric": "bands"},
+            "metric=bands does not fit the 1 channels",
         ),
         ({"data": {"source": "folders"}}, "data.train_gt"),
         ({"data": {"source": "folders", "train_gt": ["nowhere"]}}, "there is no folder nowhere"),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 
-from .errors import InputError, RunError, nearest
+from .errors import InputError, RunError, as_input_error, nearest
+from .run_folder import replacing
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -37,6 +42,26 @@ def run_command(command: Callable[[], int | None]) -> None:
         _say(f"stopped: {error}")
         status = 1
     sys.exit(status)
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table as CSV, complete or not at all.
+
+    Args:
+        path: the file.
+        rows: mappings of the same keys, which become the columns.
+
+    Raises:
+        InputError: there are no rows, or the place cannot be written to.
+    """
+    if not rows:
+        raise InputError(f"there are no figures of single samples to write to {path}")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with as_input_error(f"cannot write {path}", OSError), replacing(Path(path)) as beside:
+        beside.write_text(table.getvalue(), encoding="utf-8", newline="")
 
 
 def check_requirements(metrics: Mapping[str, float], requirements: Sequence[str]) -> None:

@@ -174,12 +174,17 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """
     path = Path(path)
     path = path / "config.yaml" if path.is_dir() else path
-    config = _read_with_bases(path, ())
-    for override in overrides:
-        config = _merge(config, _parse_override(override))
+    config = override_config(_read_with_bases(path, ()), overrides)
     if config.get("output") is None:
         config["output"] = f"runs/{path.parent.name if path.name == 'config.yaml' else path.stem}"
     return config
+
+
+def override_config(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """An unvalidated configuration with `key=value` overrides, as `read_config` takes them."""
+    for override in overrides:
+        config = _merge(config, _parse_override(override))
+    return dict(config)
 
 
 def parse_config(config: Mapping[str, Any], config_class: type[RunConfig]) -> RunConfig:

@@ -56,11 +56,11 @@ def train(task: Task) -> Result:
     config = task.config  # complete now that the data is open
     plan = make_plan(config, batch_count(train_loader))
 
-    bare_optimizer = create_optimizer(config.optimizer, task.model)
+    bare_optimizer = create_optimizer(config.optimizer, task.model, task.adversary)
     scheduler = create_scheduler(config.schedule, plan, bare_optimizer)
     network, optimizer = accelerator.prepare(task, bare_optimizer)
     ema = create_ema(config.ema, task.model)
-    state = TrainingState(task.model, optimizer, accelerator.scaler, ema, plan)
+    state = TrainingState(task.model, task.adversary, optimizer, accelerator.scaler, ema, plan)
     if state_file is not None:
         state.load_state_dict(read_state(state_file))
     scheduler.step_update(state.step)

@@ -88,8 +88,13 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def create_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+def create_optimizer(
+    config: OptimizerConfig, model: nn.Module, adversary: nn.Module | None = None
+) -> Optimizer:
     """The optimizer for a network, with timm's parameter groups.
+
+    An adversary becomes one more group, without weight decay: what it learns depends on no other group, so
+    this is the same as an optimizer of its own.
 
     Raises:
         InputError: timm has no such optimizer, or it does not take these arguments.
@@ -101,7 +106,7 @@ def create_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     optional = {"betas": config.betas, "eps": config.eps, "layer_decay": config.layer_decay}
     given = {key: value for key, value in optional.items() if value is not None}
     with as_input_error(f"cannot make the optimizer {config.name}", ValueError, TypeError):
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=config.name,
             lr=config.lr,
@@ -110,6 +115,11 @@ def create_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
             **given,
             **config.kwargs,
         )
+        if adversary is not None:
+            optimizer.add_param_group(
+                {"params": list(adversary.parameters()), "lr": config.lr, "weight_decay": 0.0}
+            )
+        return optimizer
 
 
 def create_scheduler(config: ScheduleConfig, plan: Plan, optimizer: Optimizer) -> Scheduler:

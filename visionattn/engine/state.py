@@ -18,6 +18,7 @@ class TrainingState:
 
     Attributes:
         model: the network in training.
+        adversary: the network that is trained against it, if there is one.
         optimizer: its optimizer, as accelerate wraps it.
         scaler: the gradient scaler of float16 training.
         ema: the average of the weights.
@@ -30,6 +31,7 @@ class TrainingState:
     """
 
     model: nn.Module
+    adversary: nn.Module | None
     optimizer: Any
     scaler: Any
     ema: ModelEmaV3 | None
@@ -70,6 +72,7 @@ class TrainingState:
             "step": self.step,
             "updates_per_epoch": self.plan.updates_per_epoch,
             "model": self.model.state_dict(),
+            "adversary": None if self.adversary is None else self.adversary.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -95,6 +98,8 @@ class TrainingState:
         ):
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.adversary is not None:
+                self.adversary.load_state_dict(state["adversary"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"] or state["model"])
             if self.scaler is not None and state["scaler"] is not None:

@@ -7,7 +7,7 @@ ordinary forward call) without depending on it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -25,15 +25,23 @@ class Task(nn.Module, ABC):
 
     Attributes:
         config: the run, with what the task found out about it filled in.
-        model: the network; its parameters are all that is trained, its state dict all that is saved.
+        model: the network; its parameters are what is trained, its state dict is what is saved.
         monitor: the entry of `evaluate` that names the best checkpoint.
         higher_is_better: whether a larger `monitor` is better.
+        adversary: a second network that is trained in the same steps, whose judgement enters the loss; it is
+            saved in the training state alone. None where there is none.
+        rows: what `evaluate` found for each sample, as far as the task keeps it.
     """
 
     config: RunConfig
     model: nn.Module
     monitor: str
     higher_is_better: bool = True
+    rows: Sequence[Mapping[str, Any]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adversary: nn.Module | None = None
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """The loss of one batch; what a distributed wrapper calls."""

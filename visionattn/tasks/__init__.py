@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visionattn.engine.config import RunConfig, describe_options, parse_config, read_config
+import timm
+import torch
+
+from visionattn.engine.config import (
+    RunConfig,
+    describe_options,
+    override_config,
+    parse_config,
+    read_config,
+)
 from visionattn.engine.errors import InputError, nearest
 from visionattn.engine.loading import seed_all
 from visionattn.engine.run_folder import trained_weights
@@ -36,10 +45,15 @@ def load_trained_config(
     """The configuration for using what was trained: as `load_config`, with the weights to be used as start.
 
     Args:
-        path: a configuration file, or a run folder, whose best weights are then used.
+        path: a configuration file; a run folder, whose best weights are then used; or the name of a network.
         overrides: as in `load_config`.
-        checkpoint: weights to be used in place of those.
+        checkpoint: weights to be used in place of those, or of the published ones.
+
+    Raises:
+        InputError: one sentence on what is wrong.
     """
+    if not Path(path).exists() and timm.is_model(str(path)):
+        return _network_config(str(path), overrides, checkpoint)
     config = load_config(path, overrides)
     if checkpoint is None and Path(path).is_dir():
         checkpoint = trained_weights(Path(path))
@@ -47,6 +61,17 @@ def load_trained_config(
         return config
     model = config.model.model_copy(update={"checkpoint": str(checkpoint), "pretrained": False})
     return config.model_copy(update={"model": model})
+
+
+def _network_config(name: str, overrides: Sequence[str], checkpoint: str | Path | None) -> RunConfig:
+    """The configuration in which a registered network is judged by itself."""
+    with torch.device("meta"):
+        task = "restoration" if hasattr(timm.create_model(name), "info") else "classification"
+    if checkpoint is None and not timm.is_model_pretrained(name):
+        raise InputError(f"{name} has no weights that can be downloaded: give --checkpoint FILE")
+    model = {"name": name, "checkpoint": checkpoint and str(checkpoint), "pretrained": checkpoint is None}
+    config = override_config({"task": task, "model": model, "schedule": {"steps": 1}}, overrides)
+    return parse_config(config, config_class(config))
 
 
 def config_class(config: Mapping[str, Any]) -> type[RunConfig]:

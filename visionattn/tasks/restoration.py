@@ -1,107 +1,41 @@
-"""Image restoration: super-resolution of photographs or of folders of images."""
+"""Image restoration: enlarging, denoising, removal of JPEG artefacts and haze; photographs or cubes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from visionattn.checkpoints import load_checkpoint
+from visionattn.data.blur import sharpen
 from visionattn.data.degradations import bicubic_upscale, to_uint8
 from visionattn.data.images import to_pil, to_tensor
-from visionattn.data.paired import Pair, PairedImages, TrainingCrops, folder_files
-from visionattn.data.photographs import photograph_files
-from visionattn.engine.config import RunConfig, Section
+from visionattn.data.paired import Pair, PairedImages, TrainingCrops
 from visionattn.engine.distributed import gather_objects, process_index
 from visionattn.engine.errors import InputError, as_input_error
 from visionattn.engine.loading import make_eval_loader, make_train_loader
 from visionattn.engine.network import create_network
 from visionattn.engine.task import Task
 from visionattn.models._restoration import RestorationInfo
+from visionattn.tasks.adversarial import Discriminator, PerceptualLoss, adversarial_losses
 from visionattn.tasks.comparison import busiest_crop, draw_comparison
-from visionattn.tasks.metrics import psnr, ssim
+from visionattn.tasks.ensemble import self_ensemble
+from visionattn.tasks.metrics import mpsnr, mssim, psnr, psnr_b, sam, ssim
+from visionattn.tasks.restoration_config import RestorationConfig
+from visionattn.tasks.restoration_data import open_images
 
-Split = Literal["train", "validation"]
 _PICTURED_IMAGES = 3
 _PICTURED_SIDE = 128  # pixels of the truth
-
-
-class RestorationData(Section):
-    """The images."""
-
-    source: Literal["photographs", "folders"] = Field(
-        default="photographs",
-        description="photographs: those that come with scikit-image and scikit-learn; or folders",
-    )
-    train_gt: list[str] = Field(default=[], description="folders of true images to train on")
-    train_lq: list[str] = Field(
-        default=[], description="folders of their inputs, in the same order; empty: bicubic reduction"
-    )
-    eval_gt: list[str] = Field(default=[], description="folders of true images to judge")
-    eval_lq: list[str] = Field(default=[], description="folders of their inputs; empty: bicubic reduction")
-    train_template: str = Field(
-        default="{}", description="file name of an input without ending, {} being that of its truth: {}x4"
-    )
-    eval_template: str = Field(default="{}", description="the same for the images to judge")
-    patch_size: int = Field(
-        default=64, gt=0, description="side of the training crops, in pixels of the input"
-    )
-    repeat: int = Field(default=1, gt=0, description="crops per image and epoch")
-    permute_colors: bool = Field(
-        default=False, description="put the colour channels of a training crop in random order"
-    )
-    in_memory: bool = Field(
-        default=False, description="keep the training images of folders in memory, decoded"
-    )
-    broken_images: Literal["error", "skip"] = Field(
-        default="error", description="on damaged, too small or ill-matched images, found before training"
-    )
-    check_images: int = Field(
-        default=10_000, ge=0, description="images per split that are read for this, evenly chosen from more"
-    )
-
-    @field_validator("train_gt", "train_lq", "eval_gt", "eval_lq", mode="before")
-    @classmethod
-    def _one_folder(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-
-class RestorationLoss(Section):
-    """The loss."""
-
-    name: Literal["l1", "charbonnier"] = Field(
-        default="l1", description="mean |x|, or mean sqrt(x^2 + epsilon^2), of the difference"
-    )
-    epsilon: float = Field(default=1e-3, gt=0, description="epsilon of charbonnier")
-
-
-class RestorationConfig(RunConfig):
-    """A restoration run."""
-
-    task: Literal["restoration"] = Field(default="restoration", description="what is trained")
-    data: RestorationData = Field(default_factory=RestorationData, description="the images")
-    loss: RestorationLoss = Field(default_factory=RestorationLoss, description="the loss")
-    initial_weights: str | None = Field(
-        default=None,
-        description="checkpoint of the network at another scale to start from, what it lacks staying random",
-    )
-    metric: Literal["y", "rgb"] = Field(
-        default="y", description="judge the luma (super-resolution) or all three channels"
-    )
-
-    @field_validator("train")
-    @classmethod
-    def _whole_images(cls, value: Any) -> Any:
-        if value.eval_batch_size not in (None, 1):
-            raise ValueError("restoration judges whole images of any size: eval_batch_size must be 1 or null")
-        return value.model_copy(update={"eval_batch_size": 1})
+_PIXEL_LOSSES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "l1": lambda x, epsilon: x.abs(),
+    "mse": lambda x, epsilon: x.square(),
+    "charbonnier": lambda x, epsilon: (x.square() + epsilon**2).sqrt(),
+}
 
 
 class RestorationTask(Task):
@@ -123,10 +57,14 @@ class RestorationTask(Task):
         info = getattr(self.model, "info", None)
         if not isinstance(info, RestorationInfo):
             raise InputError(f"{config.model.name} is not a restoration network")
-        if info.channels != 3:
-            raise InputError(f"the images are RGB, but {config.model.name} has {info.channels} channels")
-        self.info = info
-        self.monitor = f"psnr_{config.metric}"
+        self.info, self.out_channels = info, info.out_channels or info.channels
+        self.metric = config.metric or _usual_metric(info.upscale, self.out_channels)
+        if (self.metric == "bands") != (self.out_channels not in (1, 3)):
+            raise InputError(
+                f"metric={self.metric} does not fit the {self.out_channels} channels of the network"
+            )
+        self.monitor = "mpsnr" if self.metric == "bands" else f"psnr_{self.metric}"
+        self._make_losses()
         # A trained checkpoint holds what became of the initial weights.
         if config.initial_weights is not None and config.model.checkpoint is None:
             with as_input_error("cannot start from initial_weights", FileNotFoundError, ValueError):
@@ -134,18 +72,56 @@ class RestorationTask(Task):
             if left_out and process_index() == 0:
                 print(f"initial_weights: {left_out}", file=sys.stderr)
 
+    def _make_losses(self) -> None:
+        loss = self.config.loss
+        if (loss.perceptual or loss.adversarial) and self.out_channels != 3:
+            raise InputError(
+                f"loss.perceptual and loss.adversarial need RGB, not {self.out_channels} channels"
+            )
+        if loss.intermediate and not hasattr(self.model, "forward_all"):
+            raise InputError(f"{self.config.model.name} has no intermediate image for loss.intermediate")
+        self.perceptual: PerceptualLoss | None = None
+        if loss.perceptual:
+            with as_input_error("loss.perceptual", FileNotFoundError, ValueError):
+                self.perceptual = PerceptualLoss(loss.vgg_weights)
+        if loss.adversarial:
+            self.adversary = Discriminator(dim=loss.discriminator_dim)
+
     def loss(self, batch: Any) -> dict[str, Tensor]:
-        """L1 or Charbonnier loss of a batch of `Pair`s."""
-        difference = self.model(batch["lq"]) - batch["gt"]
-        if self.config.loss.name == "l1":
-            return {"loss": difference.abs().mean()}
-        return {"loss": (difference.square() + self.config.loss.epsilon**2).sqrt().mean()}
+        """The configured losses of a batch of `Pair`s."""
+        loss, lq, truth = self.config.loss, batch["lq"], batch["gt"]
+        target = sharpen(truth) if loss.sharpen_targets else truth
+        if not loss.intermediate:
+            image = self.model(lq)
+            total = self._pixel_loss(image, target)
+        else:
+            whole: Any = self.model
+            image, intermediate, _ = whole.forward_all(lq)
+            total = self._pixel_loss(image, target)
+            total = total + loss.intermediate * self._pixel_loss(intermediate, target)
+        parts: dict[str, Tensor] = {}
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(image, target)
+            total = total + loss.perceptual * parts["perceptual"]
+        if self.adversary is not None:
+            judged, learned, logits = adversarial_losses(self.adversary, image, truth)
+            total = total + loss.adversarial * judged + learned
+            parts |= {"adversarial": judged, "discriminator": learned, **logits}
+        return {"loss": total, **parts}
+
+    def _pixel_loss(self, image: Tensor, target: Tensor) -> Tensor:
+        loss = self.config.loss
+        return _PIXEL_LOSSES[loss.name](image - target, loss.epsilon).mean()
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
-        """Mean PSNR and SSIM over whole images, and for an enlarging network the gain over bicubic in dB."""
+        """Mean quality over whole images, and the gain in dB over bicubic or over the input.
+
+        `rows` then holds the quality of every image.
+        """
         mine = [self._score(pair) for pair in loader]
-        scores = [score for part in gather_objects(mine) for score in part]
-        return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+        self.rows = [row for part in gather_objects(mine) for row in part]
+        names = [name for name in self.rows[0] if name != "name"]
+        return {name: sum(row[name] for row in self.rows) / len(self.rows) for name in names}
 
     def predict(self, inputs: Image.Image | Sequence[Image.Image]) -> Any:
         """Restored images: one RGB image for one, a list for several of any sizes.
@@ -160,10 +136,9 @@ class RestorationTask(Task):
     def train_loader(self) -> Iterable[Any]:
         """Random crops as batches of `Pair`s."""
         data = self.config.data
-        images = self._images("train", data.patch_size)
-        return make_train_loader(
-            TrainingCrops(images, data.patch_size, data.repeat, data.permute_colors), self.config.train
-        )
+        images = open_images(self.config, self.info, "train", max(data.patch_size, data.degraded_size or 0))
+        crops = TrainingCrops(images, data.patch_size, data.repeat, data.permute_colors, data.degraded_size)
+        return make_train_loader(crops, self.config.train)
 
     def eval_loader(self) -> Iterable[Any]:
         """Whole images, one at a time."""
@@ -177,80 +152,69 @@ class RestorationTask(Task):
 
     @cached_property
     def _held_out(self) -> PairedImages:
-        return self._images("validation", self.info.min_size)
+        return open_images(self.config, self.info, "validation", self.info.min_size)
 
-    def _images(self, split: Split, min_side: int) -> PairedImages:
-        data = self.config.data
-        with as_input_error("cannot use the images", FileNotFoundError, ModuleNotFoundError, ValueError):
-            if data.source == "photographs":
-                files, inputs, in_memory = photograph_files(split), None, True
-            else:
-                files, inputs = self._folder_files(split)
-                in_memory = data.in_memory and split == "train"
-            images = PairedImages(
-                files,
-                self.info.upscale,
-                inputs,
-                min_side=min_side,
-                broken_images=data.broken_images,
-                check_images=data.check_images,
-                in_memory=in_memory,
-            )
-        if images.skipped and process_index() == 0:
-            print(f"skipped: {'; '.join(images.skipped.values())}", file=sys.stderr)
-        return images
-
-    def _folder_files(self, split: Split) -> tuple[dict[str, Path], dict[str, Path] | None]:
-        data = self.config.data
-        key = "train" if split == "train" else "eval"
-        truths, inputs, template = (getattr(data, f"{key}_{part}") for part in ("gt", "lq", "template"))
-        if not truths:
-            raise ValueError(f"data.source=folders needs data.{key}_gt")
-        if inputs and len(inputs) != len(truths):
-            raise ValueError(f"data.{key}_gt names {len(truths)} folders, but data.{key}_lq {len(inputs)}")
-        if not inputs and self.info.upscale == 1:
-            raise ValueError(f"{self.config.model.name} does not enlarge images, so it needs data.{key}_lq")
-        gt_files: dict[str, Path] = {}
-        lq_files: dict[str, Path] = {}
-        for truth, of_truth in zip(truths, inputs or [None] * len(truths), strict=True):
-            gt, lq = folder_files(truth, of_truth, template)
-            # Several folders may use the same names.
-            prefix = f"{truth}/" if len(truths) > 1 else ""
-            gt_files |= {prefix + name: file for name, file in gt.items()}
-            lq_files |= {prefix + name: file for name, file in (lq or {}).items()}
-        return gt_files, lq_files or None
-
-    def _score(self, pair: Any) -> dict[str, float]:
+    def _score(self, pair: Any) -> dict[str, Any]:
         """Quality of the restoration of an evaluation batch, which is one image."""
-        upscale, suffix = self.info.upscale, self.config.metric
-        lq, truth = pair["lq"][0], to_uint8(pair["gt"][0]).cpu()
-        measure = {"border": upscale if upscale > 1 else 0, "luma": suffix == "y"}
-        restored = _run(self.model, lq)
-        score = {
-            f"psnr_{suffix}": psnr(restored, truth, **measure),
-            f"ssim_{suffix}": ssim(restored, truth, **measure),
-        }
-        if upscale > 1:
-            bicubic = bicubic_upscale(to_uint8(lq).cpu(), upscale)
-            score["gain_over_bicubic"] = score[f"psnr_{suffix}"] - psnr(bicubic, truth, **measure)
-        return score
+        lq, truth = pair["lq"][0], pair["gt"][0].cpu()
+        restored = self._restore(lq)
+        row: dict[str, Any] = {"name": pair["name"][0]}
+        if self.metric == "bands":
+            row |= {metric.__name__: metric(restored, truth) for metric in (mpsnr, mssim, sam)}
+            plain = mpsnr(lq.cpu(), truth) if lq.shape == truth.shape else None
+        else:
+            truth, restored = to_uint8(truth), to_uint8(restored)
+            border = self.info.upscale if self.info.upscale > 1 else 0
+            measure = {"border": border, "luma": self.metric == "y"}
+            row[f"psnr_{self.metric}"] = psnr(restored, truth, **measure)
+            row[f"ssim_{self.metric}"] = ssim(restored, truth, **measure)
+            if self._judges_blocks:
+                row[f"psnr_b_{self.metric}"] = psnr_b(restored, truth, **measure)
+            plain = psnr(self._plain(lq), truth, **measure)
+        if plain is not None:
+            over = "bicubic" if self.info.upscale > 1 else "input"
+            row[f"gain_over_{over}"] = row[self.monitor] - plain
+        return row
+
+    @property
+    def _judges_blocks(self) -> bool:
+        if self.config.psnr_b is not None:
+            return self.config.psnr_b
+        data = self.config.data
+        degraded = not (data.eval_lq and data.source == "folders")
+        return self.info.task == "jpeg" or (
+            degraded and any(step["name"] == "jpeg" for step in data.judged_degradations)
+        )
+
+    def _plain(self, lq: Tensor) -> Tensor:
+        """What there is without a network: the bicubic enlargement of `lq` `[C, h, w]`, or itself; uint8."""
+        plain = to_uint8(lq).cpu()
+        return bicubic_upscale(plain, self.info.upscale) if self.info.upscale > 1 else plain
+
+    def _restore(self, lq: Tensor) -> Tensor:
+        """The network's image for `lq` `[C, h, w]`, floats on the CPU."""
+        network = partial(self_ensemble, self.model) if self.config.self_ensemble else self.model
+        return _run(self.model, lq, network)
 
     def _panels(self, pair: Pair) -> list[tuple[str, Image.Image]]:
-        upscale, truth = self.info.upscale, to_uint8(pair["gt"])
-        shown = {"bicubic": bicubic_upscale(to_uint8(pair["lq"]), upscale)} if upscale > 1 else {}
-        plain = shown.get("bicubic", to_uint8(pair["lq"]))
-        shown["ours"] = _run(self.model, pair["lq"])
+        upscale = self.info.upscale
+        restored, truth = to_uint8(_shown(self._restore(pair["lq"]))), to_uint8(_shown(pair["gt"]))
+        lq = _shown(pair["lq"])
+        plain = self._plain(lq)
+        shown = {"bicubic": plain} if upscale > 1 else {}
+        shown["ours"] = restored
         side = min(_PICTURED_SIDE, *truth.shape[-2:]) // upscale * upscale
         lost = (plain.float() - truth.float()).abs().mean(0)
         top, left = busiest_crop(lost, side, upscale)
         cut = (slice(None), slice(top, top + side), slice(left, left + side))
         cut_lq = (slice(None), *(slice(s.start // upscale, s.stop // upscale) for s in cut[1:]))
-        panels = [
-            (f"{pair['name']}: {'low resolution' if upscale > 1 else 'input'}", to_uint8(pair["lq"])[cut_lq])
-        ]
-        for label, image in shown.items():
-            decibels = psnr(image[cut], truth[cut], luma=self.config.metric == "y")
-            panels.append((f"{label}, {decibels:.2f} dB", image[cut]))
+
+        def named(name: str, image: Tensor) -> str:
+            return f"{name}, {psnr(image[cut], truth[cut], luma=self.metric == 'y'):.2f} dB"
+
+        label = "low resolution" if upscale > 1 else named("input", plain)
+        panels = [(f"{pair['name']}: {label}", to_uint8(lq)[cut_lq])]
+        panels += [(named(name, image), image[cut]) for name, image in shown.items()]
         return [(label, to_pil(image)) for label, image in [*panels, ("truth", truth[cut])]]
 
 
@@ -271,10 +235,22 @@ def restore(model: nn.Module, image: Image.Image) -> Image.Image:
         raise ValueError(
             f"{image.height}x{image.width} pixels are too small: {info.min_size} per side are needed"
         )
-    return to_pil(_run(model, to_tensor(image.convert("RGB")).float() / 255))
+    return to_pil(to_uint8(_run(model, to_tensor(image.convert("RGB")).float() / 255)))
 
 
-def _run(model: nn.Module, lq: Tensor) -> Tensor:
-    """The network's image for `lq` `[3, h, w]` in [0, 1], as uint8 on the CPU."""
+def _run(model: nn.Module, lq: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The image that `network` (or `model` itself) makes of `lq` `[C, h, w]`, as float32 on the CPU."""
     with torch.no_grad():
-        return to_uint8(model(lq[None].to(next(model.parameters()).device))[0].float()).cpu()
+        return (network or model)(lq[None].to(next(model.parameters()).device))[0].float().cpu()
+
+
+def _shown(image: Tensor) -> Tensor:
+    """An image that can be drawn: of cubes the middle band of every third of the spectrum, red first."""
+    bands = len(image)
+    return image if bands in (1, 3) else image[[5 * bands // 6, bands // 2, bands // 6]]
+
+
+def _usual_metric(upscale: int, channels: int) -> Literal["y", "rgb", "bands"]:
+    if channels not in (1, 3):
+        return "bands"
+    return "y" if upscale > 1 or channels == 1 else "rgb"

@@ -1,0 +1,274 @@
+"""Where paired images lie: folders of image files or of cubes, and LMDB in BasicSR's layout.
+
+A cube is an image of many bands: `.npy` or MATLAB's `.mat`, `[H, W, bands]`. A `.mat` of the hyperspectral
+benchmarks holds the truth as `gt` and its input as `input`.
+
+An LMDB is a folder called `*.lmdb` that holds, beside the database, `meta_info.txt` with a line
+`0001_s001.png (480,480,3) 1` an image: the stem is the key, the value is the PNG file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .images import EXTENSIONS, ImageError, list_images, open_image, to_grey, to_tensor
+
+CUBE_EXTENSIONS = frozenset({".npy", ".mat"})
+_SHOWN_PROBLEMS = 3
+_PNG_LEVEL = 1  # BasicSR's: decoding is what must be fast
+_LARGEST_VALUE = 4  # noise may leave [0, 1], but a cube that reaches further holds counts
+Role = Literal["gt", "input"]
+
+
+class LmdbImage(NamedTuple):
+    """One image of an LMDB; printed as what a file would be called."""
+
+    database: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.database}/{self.key}"
+
+
+ImageSource = Path | LmdbImage
+
+
+def read_planes(source: ImageSource, channels: int, role: Role = "gt") -> Tensor:
+    """An image or cube as `[channels, H, W]`: uint8 from an image, float32 from a cube.
+
+    Args:
+        source: a file, or an image of an LMDB.
+        channels: 3, or 1 (colour becomes rounded luma), or the bands of a cube.
+        role: which array of a `.mat` file is meant.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageError: it is damaged, or has other bands.
+        ModuleNotFoundError: LMDB or `.mat` files need a package that is not installed.
+    """
+    if isinstance(source, Path) and source.suffix.lower() in CUBE_EXTENSIONS:
+        return _read_cube(source, channels, role)
+    if channels not in (1, 3):
+        raise ImageError(f"{source}: an image file has no {channels} bands; give cubes as .npy or .mat")
+    content = io.BytesIO(_lmdb_value(source)) if isinstance(source, LmdbImage) else None
+    image = to_tensor(open_image(str(source), content))
+    return to_grey(image) if channels == 1 else image
+
+
+def read_depth(source: ImageSource) -> Tensor:
+    """A depth map as float32 `[1, H, W]`: a grey image scaled to [0, 1], or floats as they are.
+
+    Raises:
+        ImageError: it is damaged, or has several channels.
+    """
+    if isinstance(source, Path) and source.suffix.lower() not in CUBE_EXTENSIONS:
+        try:
+            with Image.open(source) as image:
+                array = np.array(image)
+        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise ImageError(f"{source}: {error}") from error
+    elif isinstance(source, Path):
+        array = _load_array(source, "gt")
+    else:
+        raise ImageError(f"{source}: depth maps are read from files, not from LMDB")
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if array.ndim != 2:
+        raise ImageError(f"{source}: a depth map has one channel, but this has the shape {array.shape}")
+    return _as_unit_floats(array, source)[None]
+
+
+def list_by_stem(place: str | Path) -> dict[str, ImageSource]:
+    """The images and cubes of a folder, or the images of an LMDB, by stem or key.
+
+    Raises:
+        FileNotFoundError: there is no such place, or it holds no image.
+        ValueError: two files have the same stem.
+    """
+    place = Path(place)
+    if place.suffix == ".lmdb":
+        meta = place / "meta_info.txt"
+        if not meta.is_file():
+            raise FileNotFoundError(f"there is no LMDB {place} with a meta_info.txt")
+        keys = [line.split()[0] for line in meta.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return {Path(key).stem: LmdbImage(str(place), Path(key).stem) for key in keys}
+    sources: dict[str, ImageSource] = {}
+    for file in list_images(place, EXTENSIONS | CUBE_EXTENSIONS):
+        if file.stem in sources:
+            raise ValueError(f"two images share a name: {sources[file.stem]} and {file}")
+        sources[file.stem] = file
+    return sources
+
+
+def pair_files(
+    gt_place: str | Path, lq_place: str | Path | None = None, template: str = "{}"
+) -> tuple[dict[str, ImageSource], dict[str, ImageSource] | None]:
+    """The true images of a folder or LMDB and their inputs in another, by the stem of the truth.
+
+    Args:
+        gt_place: the true images.
+        lq_place: the inputs, if there are any.
+        template: stem of an input with `{}` for the stem of its truth, for instance `{}x4`. With a `*`, as in
+            `{}_*`, one truth may have several inputs, and the pairs bear the stems of those.
+
+    Raises:
+        FileNotFoundError: a place is missing or empty, or true images have no input.
+        ValueError: the template has no `{}`, or two images of one folder have the same stem.
+    """
+    truths = list_by_stem(gt_place)
+    if lq_place is None:
+        return truths, None
+    if "{}" not in template:
+        raise ValueError(f"the template of the inputs must hold {{}}, as in {{}}x4, but is {template!r}")
+    available = list_by_stem(lq_place)
+    patterns = {name: template.replace("{}", name) for name in truths}
+    partners = {
+        name: fnmatch.filter(available, pattern) if "*" in template else [pattern] * (pattern in available)
+        for name, pattern in patterns.items()
+    }
+    missing = [patterns[name] for name, stems in partners.items() if not stems]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(truths)} images in {gt_place} have no input in {lq_place}: "
+            f"{shorten(missing)} (template {template!r})"
+        )
+    if "*" not in template:
+        return truths, {name: available[stems[0]] for name, stems in partners.items()}
+    owner = {stem: name for name, stems in partners.items() for stem in stems}
+    return {stem: truths[name] for stem, name in owner.items()}, {stem: available[stem] for stem in owner}
+
+
+def make_lmdb(folder: str | Path, database: str | Path) -> int:
+    """Store the images of a folder as an LMDB that this library and BasicSR read.
+
+    Args:
+        folder: image files.
+        database: the folder to be made, called `*.lmdb`.
+
+    Returns:
+        How many images it holds.
+
+    Raises:
+        ValueError: the name does not end in .lmdb, or something of that name exists.
+        ImageError: a file is not an image.
+        ModuleNotFoundError: the package lmdb is not installed.
+    """
+    database = Path(database)
+    if database.suffix != ".lmdb" or database.exists():
+        raise ValueError(f"{database} must be a new folder called *.lmdb")
+    files, lines = list_by_stem(folder), []
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=database.parent, prefix=f".{database.name}.") as workshop:
+        beside = Path(workshop) / database.name
+        environment = _lmdb().open(str(beside), map_size=1 << 30, sync=False)
+        for key, file in files.items():
+            image, content = open_image(str(file)), io.BytesIO()
+            image.save(content, format="PNG", compress_level=_PNG_LEVEL)
+            _put(environment, key, content.getvalue())
+            lines.append(f"{key}.png ({image.height},{image.width},3) {_PNG_LEVEL}\n")
+        environment.sync(True)
+        environment.close()
+        (beside / "meta_info.txt").write_text("".join(lines), encoding="utf-8")
+        os.replace(beside, database)
+    return len(files)
+
+
+def shorten(items: Sequence[str]) -> str:
+    """The first few of many, and how many more there are."""
+    more = len(items) - _SHOWN_PROBLEMS
+    return "; ".join([*items[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _read_cube(file: Path, channels: int, role: Role) -> Tensor:
+    array = _load_array(file, role)
+    if array.ndim != 3 or array.shape[-1] != channels:
+        raise ImageError(f"{file}: the shape {array.shape} is not [H, W, {channels} bands]")
+    cube = _as_unit_floats(np.moveaxis(array, -1, 0), file)
+    if cube.abs().max() > _LARGEST_VALUE:
+        raise ImageError(f"{file}: values reach {cube.abs().max():g}, but must lie in [0, 1] up to noise")
+    return cube
+
+
+def _load_array(file: Path, role: Role) -> np.ndarray:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    try:
+        array = np.load(file, allow_pickle=False) if file.suffix.lower() == ".npy" else _load_mat(file, role)
+    # Damaged files show themselves in any of these ways; MATLAB's v7.3 is another format (HDF5).
+    except (OSError, ValueError, EOFError, TypeError, NotImplementedError) as error:
+        raise ImageError(f"{file}: {error}") from error
+    if array.dtype.kind not in "fiu":
+        raise ImageError(f"{file}: holds no numbers but {array.dtype}")
+    return array
+
+
+def _load_mat(file: Path, role: Role) -> np.ndarray:
+    try:
+        from scipy.io import loadmat
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading .mat files needs scipy: pip install visionattn[hyperspectral]"
+        ) from error
+    arrays: Mapping[str, Any] = {k: v for k, v in loadmat(file).items() if not k.startswith("__")}
+    if role in arrays:
+        return arrays[role]
+    if len(arrays) != 1:
+        raise ValueError(f"holds {', '.join(arrays) or 'nothing'}, but no array called {role}")
+    return next(iter(arrays.values()))
+
+
+def _as_unit_floats(array: np.ndarray, source: ImageSource) -> Tensor:
+    """float32; integers are scaled so that their largest value becomes 1."""
+    scale = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1
+    values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale))
+    if not values.isfinite().all():
+        raise ImageError(f"{source}: some values are not finite")
+    return values
+
+
+def _lmdb() -> Any:
+    try:
+        return importlib.import_module("lmdb")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading and writing LMDB needs the package lmdb: pip install visionattn[lmdb]"
+        ) from error
+
+
+@lru_cache(maxsize=16)
+def _environment(database: str, process: int) -> Any:
+    """An open database. A process must not use what another has opened: hence the second argument."""
+    return _lmdb().open(database, readonly=True, lock=False, readahead=False)
+
+
+def _lmdb_value(image: LmdbImage) -> bytes:
+    lmdb = _lmdb()
+    try:
+        with _environment(image.database, os.getpid()).begin() as transaction:
+            value = transaction.get(image.key.encode())
+    except lmdb.Error as error:
+        raise ImageError(f"{image.database}: {error}") from error
+    if value is None:
+        raise ImageError(f"{image}: the database has no such key")
+    return value
+
+
+def _put(environment: Any, key: str, value: bytes) -> None:
+    try:
+        with environment.begin(write=True) as transaction:
+            transaction.put(key.encode(), value)
+    except _lmdb().MapFullError:
+        environment.set_mapsize(2 * environment.info()["map_size"] + len(value))
+        _put(environment, key, value)
