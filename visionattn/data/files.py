@@ -13,8 +13,8 @@ import fnmatch
 import importlib
 import io
 import os
+import threading
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -30,6 +30,8 @@ CUBE_EXTENSIONS = frozenset({".npy", ".mat"})
 _SHOWN_PROBLEMS = 3
 _PNG_LEVEL = 1  # BasicSR's: decoding is what must be fast
 _LARGEST_VALUE = 4  # noise may leave [0, 1], but a cube that reaches further holds counts
+_OPEN: dict[str, Any] = {}
+_LOCK = threading.Lock()
 Role = Literal["gt", "input"]
 
 
@@ -247,16 +249,28 @@ def _lmdb() -> Any:
         ) from error
 
 
-@lru_cache(maxsize=16)
-def _environment(database: str, process: int) -> Any:
-    """An open database. A process must not use what another has opened: hence the second argument."""
-    return _lmdb().open(database, readonly=True, lock=False, readahead=False)
+def _environment(database: str) -> Any:
+    with _LOCK:
+        if database not in _OPEN:
+            _OPEN[database] = _lmdb().open(database, readonly=True, lock=False, readahead=False)
+        return _OPEN[database]
+
+
+def _close_databases() -> None:
+    with _LOCK:
+        while _OPEN:
+            _OPEN.popitem()[1].close()
+
+
+# A process must not use a database that another has opened: the workers of a loader open their own.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_close_databases)
 
 
 def _lmdb_value(image: LmdbImage) -> bytes:
     lmdb = _lmdb()
     try:
-        with _environment(image.database, os.getpid()).begin() as transaction:
+        with _environment(image.database).begin() as transaction:
             value = transaction.get(image.key.encode())
     except lmdb.Error as error:
         raise ImageError(f"{image.database}: {error}") from error
