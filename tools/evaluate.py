@@ -11,7 +11,7 @@ EXAMPLE = """examples:
   python tools/evaluate.py runs/biformer_digits --checkpoint runs/biformer_digits/checkpoints/last.safetensors
   python tools/evaluate.py configs/classification/biformer_tiny_imagenet.yaml --checkpoint FILE data.root=DIR
   python tools/evaluate.py hat_x4 --checkpoint HAT_SRx4.pth --data Set5/HR --inputs Set5/LR_bicubic/X4 \\
-      'data.eval_template={}x4' --self-ensemble --csv set5.csv
+      --template '{}x4' --self-ensemble --csv set5.csv
 """
 
 
@@ -31,6 +31,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--inputs", metavar="DIR", help="their inputs; default: bicubic reduction, or data.degradations"
     )
     parser.add_argument(
+        "--template", metavar="STEM", help="name of an input, {} being that of its truth: '{}x4'"
+    )
+    parser.add_argument(
         "--self-ensemble", action="store_true", help="restoration: average over flips and transpositions (x8)"
     )
     parser.add_argument("--csv", metavar="FILE", help="write the figures of every image")
@@ -48,6 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "data.source": parsed.data and "folders",
         "data.eval_gt": parsed.data,
         "data.eval_lq": parsed.inputs or (parsed.data and "[]"),
+        "data.eval_template": parsed.template and f"'{parsed.template}'",
         "self_ensemble": parsed.self_ensemble and "true",
     }
     parsed.overrides = [*(f"{key}={value}" for key, value in flags.items() if value), *parsed.overrides]

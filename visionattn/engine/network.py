@@ -22,13 +22,14 @@ def create_network(config: ModelConfig, **kwargs: Any) -> nn.Module:
         kwargs: further keyword arguments, for instance `num_classes`; those of `config` win.
 
     Raises:
-        InputError: there is no such network, it does not take these arguments, or the checkpoint is missing
-            or belongs to another network.
+        InputError: there is no such network, it does not take these arguments, the published weights cannot
+            be downloaded, or the checkpoint is missing or belongs to another network.
     """
     check_network_name(config.name)
-    with as_input_error(
+    refused = as_input_error(
         f"cannot build {config.name} with model.kwargs {config.kwargs}", ValueError, TypeError
-    ):
+    )
+    with refused, as_input_error(f"cannot get the published weights of {config.name}", OSError):
         network = timm.create_model(config.name, pretrained=config.pretrained, **{**kwargs, **config.kwargs})
     if config.checkpoint is not None:
         load_weights(network, config.checkpoint, config.name)
