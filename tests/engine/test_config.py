@@ -92,6 +92,7 @@ def test_yaml_scalars(base: Path, text: str, value: object) -> None:
         ("schedule.warmup=3", "warmup (3) must be shorter than the run (3)"),
         ("schedule.name=step", "a step schedule needs decay_every"),
         ("schedule.name=multistep", "a multistep schedule needs milestones"),
+        ("schedule.name=points", "a points schedule needs points"),
         ("task=clasification", "unknown task 'clasification': did you mean classification?"),
         ("task=null", "the configuration names no task"),
         ("train.seed", "an override reads key=value"),

@@ -191,6 +191,11 @@ def test_a_loss_that_is_not_finite_can_be_passed_over(make_task: MakeTask) -> No
         ({"name": "step", "decay_every": 3, "decay_rate": 0.5}, {2: 1.0, 3: 0.5, 6: 0.25}),
         ({"name": "constant", "warmup": 4}, {0: 1e-6, 2: 0.5, 4: 1.0, 7: 1.0}),
         ({"name": "cosine", "cooldown": 2}, {0: 1.0, 8: 0.0, 9: 0.0}),
+        (
+            {"name": "points", "points": [[0, 0.2], [2, 1], [4, 1], [4, 0.1]]},
+            {0: 0.2, 1: 0.6, 3: 1, 4: 0.1, 7: 0.1},
+        ),
+        ({"name": "points", "points": [[0, 0], [2, 1], [4, 0]], "period": 4}, {1: 0.5, 2: 1, 4: 0, 5: 0.5}),
     ],
 )
 def test_learning_rates(make_task: MakeTask, schedule: dict[str, Any], expected: dict[int, float]) -> None:

@@ -68,7 +68,7 @@ class ScheduleConfig(Section):
 
     epochs: int | None = Field(default=None, gt=0, description="length in epochs; give either this or steps")
     steps: int | None = Field(default=None, gt=0, description="length in updates; give either this or epochs")
-    name: Literal["cosine", "step", "multistep", "poly", "tanh", "constant"] = Field(
+    name: Literal["cosine", "step", "multistep", "poly", "tanh", "constant", "points"] = Field(
         default="cosine", description="shape of the learning rate after warm-up"
     )
     warmup: float = Field(default=0, ge=0, description="linear warm-up, part of the length")
@@ -77,6 +77,11 @@ class ScheduleConfig(Section):
     cooldown: int = Field(default=0, ge=0, description="extra length at min_lr (cosine, poly, tanh)")
     decay_every: float | None = Field(default=None, gt=0, description="distance of the decays (step)")
     milestones: list[float] = Field(default=[], description="places of the decays (multistep)")
+    points: list[tuple[float, float]] = Field(
+        default=[],
+        description="[place, factor of lr], joined by straight lines; two at one place are a step (points)",
+    )
+    period: float | None = Field(default=None, gt=0, description="length after which points begin again")
     decay_rate: float = Field(
         default=0.1, gt=0, description="factor of one decay (step, multistep); power (poly)"
     )
@@ -90,6 +95,11 @@ class ScheduleConfig(Section):
             raise ValueError("a step schedule needs decay_every")
         if self.name == "multistep" and not self.milestones:
             raise ValueError("a multistep schedule needs milestones")
+        places = [place for place, _ in self.points]
+        if self.name == "points" and (places != sorted(places) or places[:1] != [0]):
+            raise ValueError("a points schedule needs points in the order of their places, the first at 0")
+        if self.name == "points" and self.warmup:
+            raise ValueError("a points schedule has no warmup: begin with a low point")
         if self.warmup >= self.length:
             raise ValueError(f"warmup ({self.warmup:g}) must be shorter than the run ({self.length})")
         if self.cooldown and self.name not in ("cosine", "poly", "tanh"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,8 +124,37 @@ def create_optimizer(
         return optimizer
 
 
+class PointsScheduler(Scheduler):
+    """The learning rate along straight lines between given points, once or again and again.
+
+    Args:
+        optimizer: whose learning rates are the unit.
+        points: step and factor, in the order of the steps, the first at 0. Two at one step are a jump.
+        period: steps after which the points begin again; None lets the last factor stay.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, points: Sequence[tuple[float, float]], period: float | None
+    ) -> None:
+        super().__init__(optimizer, "lr", t_in_epochs=False)
+        self.points, self.period = points, period
+        self.update_groups(self._get_lr(0))
+
+    def _get_lr(self, t: int) -> list[float]:
+        place = t if self.period is None else t % self.period
+        after = bisect.bisect_right(self.points, place, key=lambda point: point[0])
+        (start, factor), *rest = self.points[after - 1 : after + 1]
+        if rest:
+            end, target = rest[0]
+            factor += (target - factor) * (place - start) / (end - start)
+        return [value * factor for value in self.base_values]
+
+
 def create_scheduler(config: ScheduleConfig, plan: Plan, optimizer: Optimizer) -> Scheduler:
     """The learning rate as a function of the step, without a state of its own."""
+    if config.name == "points":
+        points = [(place * plan.unit, factor) for place, factor in config.points]
+        return PointsScheduler(optimizer, points, config.period and config.period * plan.unit)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.name,
