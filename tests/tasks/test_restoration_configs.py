@@ -1,4 +1,4 @@
-"""Every restoration configuration is valid, names a network that exists, and says in its header what it is."""
+"""Every restoration configuration is valid, names a network that exists, and says what it is."""
 
 from __future__ import annotations
 
