@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from numpy.random import RandomState
 from safetensors.torch import load_file
 
-from visionattn.data.degradations import bicubic_low_resolution, imresize, modcrop, to_uint8
+from visionattn.data.degradations import bicubic_low_resolution, imresize, jpeg, modcrop, to_uint8
 
 GOLDEN = load_file(Path(__file__).parents[1] / "parity/metrics/psnr_ssim_bicubic.safetensors")
 
@@ -30,6 +31,26 @@ def test_reduction_equals_matlab(name: str, factor: int):
 def test_enlargement_equals_matlab(factor: int):
     small = planes("waves.gt")[:, :20, :24]
     torch.testing.assert_close(imresize(small, factor), planes(f"waves20x24.up{factor}"), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_taps_are_matlabs(factor: int):
+    impulses = torch.eye(12 * factor, dtype=torch.float64).unsqueeze(1)
+    taps = imresize(impulses, 1 / factor)[:, 0, 6]
+    torch.testing.assert_close(
+        taps[taps.abs() > 1e-12], GOLDEN[f"weights.down{factor}"].double(), atol=1e-6, rtol=0
+    )
+
+
+def test_the_low_resolution_of_a_benchmark():
+    reduced = bicubic_low_resolution(GOLDEN["astronaut.gt"].permute(2, 0, 1), 4)
+    assert torch.equal(reduced, GOLDEN["astronaut.lr4_uint8"].permute(2, 0, 1))
+
+
+def test_jpeg_equals_opencvs():
+    truth = GOLDEN["coffee.gt"].permute(2, 0, 1)
+    decoded = jpeg(truth.float() / 255, RandomState(0), (20, 20))
+    assert torch.equal(to_uint8(decoded), GOLDEN["coffee.img"].permute(2, 0, 1))
 
 
 def test_without_antialiasing_and_ramp():

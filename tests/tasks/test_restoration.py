@@ -148,6 +148,14 @@ def test_several_folders_and_stored_inputs(folders: dict[str, Any], tmp_path: Pa
         ({"data": {"patchsize": 4}}, "did you mean data.patch_size"),
         ({"train": {"eval_batch_size": 2}}, "eval_batch_size must be 1"),
         ({"loss": {"name": "l2"}}, "loss.name"),
+        ({"data": {"degradations": [{"name": "jpg"}]}}, "no degradation 'jpg': did you mean jpeg"),
+        (
+            {"data": {"degradations": [{"name": "jpeg", "quality": 9}]}},
+            "make .* of 3x64x64, but hat_s_x2 needs 3x32",
+        ),
+        ({"data": {"train_lq": ["a"], "degradations": [{"name": "bicubic"}]}}, "train_lq and degradations"),
+        ({"data": {"train_depth": ["a"], "degradations": [{"name": "bicubic"}]}}, "the degradation haze"),
+        ({"data": {"patch_size": 16, "degraded_size": 12}}, r"degraded_size \(12\) is below patch_size"),
     ],
 )
 def test_bad_input_is_one_sentence(sections: dict[str, Any], message: str):

@@ -76,9 +76,14 @@ class RestorationData(Section):
 
     @model_validator(mode="after")
     def _one_kind_of_input(self) -> RestorationData:
+        if self.train_lq and self.degradations:
+            raise ValueError("train_lq and degradations are both given: inputs are stored or made")
+        if self.eval_lq and self.eval_degradations:
+            raise ValueError("eval_lq and eval_degradations are both given: inputs are stored or made")
         for split, steps in (("train", self.degradations), ("eval", self.judged_degradations)):
-            if getattr(self, f"{split}_depth") and (not steps or getattr(self, f"{split}_lq")):
-                raise ValueError(f"{split}_depth needs degradations with haze, and no {split}_lq")
+            hazy = any(step["name"] == "haze" for step in steps) and not getattr(self, f"{split}_lq")
+            if getattr(self, f"{split}_depth") and not hazy:
+                raise ValueError(f"{split}_depth is for inputs that the degradation haze makes")
         if self.degraded_size is not None and self.degraded_size < self.patch_size:
             raise ValueError(f"degraded_size ({self.degraded_size}) is below patch_size ({self.patch_size})")
         return self
