@@ -7,7 +7,7 @@ of PyTorch can enter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -18,7 +18,7 @@ from .pattern import Axis, Border, Pattern
 from .pytorch import tiled_attention
 from .pytorch_backward import local_attention_backward
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, int[] geometry, float scale"
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, int[] geometry, float scale"
 
 
 def encode(pattern: Pattern) -> list[int]:
@@ -45,7 +45,7 @@ def decode(geometry: list[int], q: Tensor) -> Pattern:
 @torch.library.custom_op(
     "visionattn::local_attention",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool return_lse) -> (Tensor, Tensor)",
+    schema=f"({ARGUMENTS}, bool return_lse) -> (Tensor, Tensor)",
 )
 def local_attention(
     q: Tensor,
@@ -77,7 +77,7 @@ def _(
 @torch.library.custom_op(
     "visionattn::local_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor? grad_lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor? grad_lse, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(
     grad: Tensor,
@@ -135,20 +135,28 @@ def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Second derivatives, from the differentiable tiles."""
-    saved: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    return (*second_derivatives(ctx.saved_tensors, ctx.geometry, ctx.scale, grads), None, None)
+
+
+def second_derivatives(
+    tensors: Sequence[Tensor | None], geometry: list[int], scale: float, grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients for the tensors of the backward operator (grad, grad_lse, q, k, v, bias) from its `grads`."""
+    saved: list[Any] = [None if t is None else t.detach().requires_grad_() for t in tensors]
     grad, grad_lse, q, k, v, bias = saved
     with torch.enable_grad():
-        pattern = decode(ctx.geometry, q)
-        out, lse = tiled_attention(q, k, v, pattern, bias, ctx.scale, grad_lse is not None)
+        pattern = decode(geometry, q)
+        out, lse = tiled_attention(q, k, v, pattern, bias, scale, grad_lse is not None)
         outs, weights = ([out], [grad]) if lse is None else ([out, lse], [grad, grad_lse])
         inputs: list[Tensor] = [q, k, v] if bias is None else [q, k, v, bias]
         first = torch.autograd.grad(outs, inputs, weights, create_graph=True)
         leaves: list[Tensor] = [t for t in saved if t is not None]
         second = iter(torch.autograd.grad(first, leaves, grads[: len(inputs)], allow_unused=True))
-    return (*(None if t is None else next(second) for t in saved), None, None)
+    return [None if t is None else next(second) for t in saved]
 
 
-def _flops(q_shape: tuple[int, ...], geometry: list[int], products: int) -> int:
+def flops(q_shape: tuple[int, ...], geometry: list[int], products: int) -> int:
+    """Operations of so many products of queries and keys, exactly those that the pattern shows."""
     pattern = decode(geometry, torch.empty(q_shape, device="meta"))
     return q_shape[0] * pattern.flops(q_shape[3], q_shape[4]) // 2 * products
 
@@ -157,8 +165,8 @@ def _flops(q_shape: tuple[int, ...], geometry: list[int], products: int) -> int:
 def _forward_flops(
     q: tuple[int, ...], k: Any, v: Any, bias: Any, geometry: list[int], *args: Any, **kwargs: Any
 ) -> int:
-    """Two products of queries and keys, exactly those that the pattern shows."""
-    return _flops(q, geometry, products=2)
+    """The logits and the sum of values."""
+    return flops(q, geometry, products=2)
 
 
 @register_flop_formula(torch.ops.visionattn.local_attention_backward)
@@ -174,10 +182,10 @@ def _backward_flops(
     **kwargs: Any,
 ) -> int:
     """The logits again, and a product for each of the weights' gradient, dq, dk and dv."""
-    return _flops(q, geometry, products=5)
+    return flops(q, geometry, products=5)
 
 
-def _one_by_one(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+def one_by_one(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
     """The rule for `torch.vmap`: gradients of the bias are per sample and cannot share a batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
@@ -191,8 +199,8 @@ def _one_by_one(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., An
     return rule
 
 
-local_attention.register_vmap(_one_by_one(local_attention))
-backward.register_vmap(_one_by_one(backward))
+local_attention.register_vmap(one_by_one(local_attention))
+backward.register_vmap(one_by_one(backward))
 local_attention.register_autograd(_differentiate, setup_context=_keep)
 backward.register_autograd(_differentiate_twice, setup_context=_keep_backward)
 

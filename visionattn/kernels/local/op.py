@@ -19,6 +19,7 @@ from torch import Tensor
 from ..checks import check_bias, check_qkv, pair
 from ..dispatch import Operator
 from . import reference
+from .fused import fused_attention, refuses
 from .library import torch_attention
 from .pattern import (
     Border,
@@ -29,7 +30,9 @@ from .pattern import (
     window_axis,
 )
 
-LOCAL_ATTENTION = Operator("local_attention", reference.local_attention, torch_attention)
+LOCAL_ATTENTION = Operator(
+    "local_attention", reference.local_attention, torch_attention, fused_attention, refuses
+)
 
 
 def window_attention(

@@ -12,17 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_forward import (
-    LOG2_E,
-    equally_strided,
-    geometry,
-    launch_options,
-    load_rows,
-    num_programs,
-    place,
-    position,
-    store_rows,
-)
+from ..triton_rows import LOG2_E, equally_strided, load_rows, store_rows
+from .triton_forward import geometry, launch_options, num_programs, place, position
 
 
 @triton.jit

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from ..triton_rows import LN_2, LOG2_E, equally_strided, load_rows, padded_head_dim, precision, store_rows
 
 
 @triton.jit
@@ -34,22 +33,6 @@ def position(region, pixel, height, width, region_h, region_w, regions_x):
     y = region // regions_x * region_h + pixel // region_w
     x = region % regions_x * region_w + pixel % region_w
     return y, x, (y < height) & (x < width)
-
-
-@triton.jit
-def load_rows(base, offset, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Vectors `[rows, BLOCK_D]` at these offsets, zero where not valid and beyond the head's width."""
-    dim = tl.arange(0, BLOCK_D)
-    mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    return tl.load(base + offset[:, None] + dim[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(base, offset, valid, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write what `load_rows` reads."""
-    dim = tl.arange(0, BLOCK_D)
-    mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    tl.store(base + offset[:, None] + dim[None, :], rows.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -134,14 +117,6 @@ def forward(
     return out, lse
 
 
-def equally_strided(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors themselves where they share strides and heads are dense, as views of a projection are."""
-    strides = tensors[0].stride()
-    if strides[-1] == 1 and all(x.stride() == strides for x in tensors):
-        return tensors
-    return tuple(x.contiguous() for x in tensors)
-
-
 def geometry(q: Tensor, indices: Tensor, region: tuple[int, int]) -> dict[str, Any]:
     """The integers that all kernels take."""
     height, width, heads = q.shape[1:4]
@@ -176,7 +151,7 @@ def launch_options(
     `BLOCK_Q` vectors of a region are a program's own, `BLOCK_K` at a time are streamed. Chosen so that the
     compiled kernels keep their numbers in registers; the tests assert it.
     """
-    dim = max(16, triton.next_power_of_2(q.shape[4]))
+    dim = padded_head_dim(q)
     single = q.dtype == torch.float32
     # Products in float32 do not run on matrix units and take registers for their operands.
     widest = 32 if dim > 128 or single else 64
@@ -190,7 +165,7 @@ def launch_options(
         "BLOCK_D": dim,
         "BLOCK_Q": own,
         "BLOCK_K": 32 if dim > 64 or single else 64,
-        "PRECISION": "ieee" if single and not torch.backends.cuda.matmul.allow_tf32 else "tf32",
+        "PRECISION": precision(q),
         "num_warps": warps,
         "num_stages": 1 if dim > 64 or single else 2,
     }

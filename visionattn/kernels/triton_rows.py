@@ -1,0 +1,48 @@
+"""What all fused attention kernels share: reading and writing the vectors of a head, and base-2 exponentials.
+
+Imported only when a kernel runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(base, offset, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Vectors `[rows, BLOCK_D]` at these offsets, zero where not valid and beyond the head's width."""
+    dim = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & (dim < HEAD_DIM)[None, :]
+    return tl.load(base + offset[:, None] + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offset, valid, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write what `load_rows` reads."""
+    dim = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(base + offset[:, None] + dim[None, :], rows.to(base.dtype.element_ty), mask=mask)
+
+
+def equally_strided(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors themselves where they share strides and heads are dense, as views of a projection are."""
+    strides = tensors[0].stride()
+    if strides[-1] == 1 and all(x.stride() == strides for x in tensors):
+        return tensors
+    return tuple(x.contiguous() for x in tensors)
+
+
+def padded_head_dim(q: Tensor) -> int:
+    """The power of two that the kernels compute with for the heads of `q` `[..., d]`."""
+    return max(16, triton.next_power_of_2(q.shape[-1]))
+
+
+def precision(q: Tensor) -> str:
+    """How products of float32 are computed: exactly, unless PyTorch is told that TF32 will do."""
+    return "tf32" if q.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
