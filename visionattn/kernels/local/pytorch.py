@@ -1,31 +1,23 @@
-"""Local attention in fast plain PyTorch: equal tiles are batched, border tiles run in their true size.
+"""Local attention in fast plain PyTorch.
 
-No roll and no gather: a tile of queries and the rectangle of keys that it needs are strided views of the map,
-and the tiles that a border cuts are smaller rectangles, so that a shifted window costs less than an unshifted
-one instead of a mask and two copies more. Blocks of few queries (neighborhoods) are computed several at a
-time under a mask that is the same for all tiles but those at the border.
+On a CPU the tiles are worked off in chunks that stay in the cache, forward and backward; training keeps
+nothing but the inputs. On other devices, in compiled programs and for derivatives of higher order they are
+computed all at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dense import attend, attend_lse
-from .pattern import Axis, Group, Pattern, Run, Span
-from .reference import bias_of_pairs
-
-# Queries per side of a tile made of smaller blocks, and up to which length one tile takes the whole axis: 8x8
-# queries are enough for an efficient product, and the waste grows with the tile. Measured on 14x14 to 56x56.
-_TILE = 8
-_ONE_TILE = 16
-# Smaller blocks than this are joined into tiles if they share keys; from here on a block by itself is faster.
-_MIN_BLOCK = 4
+from ..precision import without_autocast
+from .pattern import Pattern
+from .pytorch_backward import local_attention_backward
+from .strips import band_biases, bands, chunks, key_strips, put_query_strips, query_strips, tile
+from .tiles import attention_of_tiles, by_groups, pad_keys
 
 
 def tiled_attention(
@@ -38,225 +30,104 @@ def tiled_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
-    if any(pattern.padding):
-        k, v = F.pad(k, pattern.padding), F.pad(v, pattern.padding)
-
-    def attend_group(group: Pattern, *maps: Tensor) -> tuple[Tensor, ...]:
-        return _attend_tiles(group, bias, scale, return_lse, *maps)
-
-    out, *lse = by_groups(pattern, (q, k, v), attend_group)
-    return out, lse[0].squeeze(-1) if lse else None
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
+    out, *lse = _Chunked.apply(q, k, v, bias, pattern, scale, return_lse)
+    return out, lse[0] if lse else None
 
 
-def by_groups(
-    pattern: Pattern, maps: Sequence[Tensor], function: Callable[..., tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """Maps `[B, H, W, heads, d]` of a pattern from `function(undilated pattern, *maps of its group)`."""
-    rows = []
-    for y in pattern.y.groups():
-        row = []
-        for x in pattern.x.groups():
-            parts = (_take_groups(_take_groups(t, y, pattern.y, 1), x, pattern.x, 2) for t in maps)
-            row.append(function(Pattern(y.axis, x.axis), *parts))
-        rows.append(_interleave(row, pattern.x, 2))
-    return _interleave(rows, pattern.y, 1)
+class _Chunked(torch.autograd.Function):
+    """`attention_of_tiles`, chunk by chunk, keeping nothing but its arguments for the backward pass."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pattern: Pattern, scale: float, return_lse: bool
+    ) -> tuple[Tensor, ...]:
+        k, v = (pad_keys(x, pattern) for x in (k, v))
+
+        def attend_group(group: Pattern, *maps: Tensor) -> tuple[Tensor, ...]:
+            return _attend_strips(group, bias, scale, return_lse, *maps)
+
+        with without_autocast(q):
+            out, *lse = by_groups(pattern, (q, k, v), attend_group)
+        return (out, lse[0].squeeze(-1)) if lse else (out,)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.pattern, ctx.scale, ctx.return_lse = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        grad = torch.zeros_like(q) if grads[0] is None else grads[0]
+        grad_lse = grads[1] if ctx.return_lse else None
+        wanted = ctx.needs_input_grad[:4]
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else local_attention_backward
+        results = gradients(grad, grad_lse, q, k, v, ctx.pattern, bias, ctx.scale, wanted[3])
+        return *(result if want else None for result, want in zip(results, wanted)), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """A mapped axis is more batch; maps with a bias of their own are taken one by one."""
+        if in_dims[3] is not None:
+            pairs = [
+                [x if dim is None else x.select(dim, i) for x, dim in zip(args[:4], in_dims)]
+                for i in range(info.batch_size)
+            ]
+            outs = [_Chunked.apply(*tensors, *args[4:]) for tensors in pairs]
+            return tuple(torch.stack(parts) for parts in zip(*outs)), (0,) * len(outs[0])
+        stacked = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args[:3], in_dims)
+        )
+        out = _Chunked.apply(*(x.flatten(0, 1) for x in stacked), *args[3:])
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in out), (0,) * len(out)
 
 
-def _take_groups(x: Tensor, group: Group, axis: Axis, dim: int) -> Tensor:
-    """The groups of a dilated axis as part of the batch: `[count * B, ...]`, groups outermost."""
-    if axis.dilation == 1:
-        return x
-    if group.count == axis.dilation:
-        x = x.unflatten(dim, (group.axis.length, group.count))
-    else:
-        # As many whole rounds of `dilation` as fit behind the first residue.
-        x = x.narrow(dim, group.first, x.shape[dim] - group.first)
-        x = x.unfold(dim, group.count, axis.dilation).movedim(-1, dim + 1)
-    return x.movedim(dim + 1, 0).flatten(0, 1)
-
-
-def _interleave(parts: list[tuple[Tensor, ...]], axis: Axis, dim: int) -> tuple[Tensor, ...]:
-    """The inverse of `_take_groups` over all groups of an axis."""
-    if axis.dilation == 1:
-        return parts[0]
-    groups = axis.groups()
-    longest = groups[0].axis.length
-    joined = []
-    for tensors in zip(*parts):
-        padded = []
-        for x, group in zip(tensors, groups):
-            x = x.unflatten(0, (group.count, -1)).movedim(0, dim + 1)
-            missing = longest - group.axis.length
-            padded.append(F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x)
-        whole = _cat(padded, dim + 1).flatten(dim, dim + 1)
-        joined.append(whole.narrow(dim, 0, axis.length))
-    return tuple(joined)
-
-
-def _attend_tiles(
+def _attend_strips(
     pattern: Pattern, bias: Tensor | None, scale: float, return_lse: bool, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, ...]:
     """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`."""
-    runs_y, runs_x = (axis.runs(blocks_per_tile(axis)) for axis in (pattern.y, pattern.x))
-    queries = tiles(q, [(r, r.query) for r in runs_y], [(r, r.query) for r in runs_x])
-    keys, values = (tiles(t, [(r, r.key) for r in runs_y], [(r, r.key) for r in runs_x]) for t in (k, v))
-    biases = run_biases(bias, pattern, runs_y, runs_x, q)
-    outs = []
-    for (y, x), q_tile, k_tile, v_tile, tile_bias in zip(
-        product(runs_y, runs_x), queries, keys, values, biases
-    ):
-        run = attend_lse if return_lse else attend
-        results = run(q_tile, k_tile, v_tile, tile_bias, scale)
-        results = results if isinstance(results, tuple) else (results,)
-        outs.append(tuple(untile(t if t.dim() == 4 else t[..., None], q.shape[0], y, x) for t in results))
-    return cat_tiles(outs, len(runs_x))
+    outs = [torch.empty(q.shape, dtype=q.dtype, device=q.device)]
+    if return_lse:
+        outs.append(q.new_empty((*q.shape[:4], 1), dtype=torch.promote_types(q.dtype, torch.float32)))
+    rows, columns = bands(pattern, q.shape[3])
+    for band in columns:
+        queries = query_strips(q, band, q.dtype)
+        keys, values = (key_strips(x, band, q.dtype) for x in (k, v))
+        strips = [out.new_empty((*queries.shape[:-1], out.shape[-1])) for out in outs]
+        for y, bias_of_y in zip(rows, band_biases(bias, pattern, rows, band, q)):
+            for chunk in chunks(queries, y, band.runs[0]):
+                query, key, value = (
+                    tile(queries, chunk, y, y.query),
+                    tile(keys, chunk, y, y.key),
+                    tile(values, chunk, y, y.key),
+                )
+                run = attend_lse if return_lse else attend
+                results = run(query, key, value, bias_of_y, scale)
+                for strip, result in zip(strips, results if isinstance(results, tuple) else (results,)):
+                    tile(strip, chunk, y, y.query).copy_(result.view(*query.shape[:3], -1))
+        for out, strip in zip(outs, strips):
+            put_query_strips(out, strip, band)
+    return tuple(outs)
 
 
-def cat_tiles(parts: list[tuple[Tensor, ...]], width: int) -> tuple[Tensor, ...]:
-    """Whole maps from their rectangles in row-major order, `width` in a row."""
-    return tuple(
-        _cat([_cat(list(column[i : i + width]), 2) for i in range(0, len(column), width)], 1)
-        for column in zip(*parts)
-    )
-
-
-def blocks_per_tile(axis: Axis) -> int:
-    """How many blocks of an axis are computed together."""
-    if axis.window >= _MIN_BLOCK or axis.key_window == axis.window:
-        return 1
-    return axis.num_blocks if axis.length <= _ONE_TILE else _TILE // axis.window
-
-
-def tiles(
-    x: Tensor, spans_y: Sequence[tuple[Run, Span]], spans_x: Sequence[tuple[Run, Span]]
-) -> list[Tensor]:
-    """Rectangles `[B * tiles, heads, pixels, d]` of `[B, H, W, heads, d]` for every pair of runs."""
-    tiles = []
-    for row, y in zip(_cut(x, 1, spans_y), spans_y):
-        tiles += [_rectangles(piece, y, column) for piece, column in zip(_cut(row, 2, spans_x), spans_x)]
-    return tiles
-
-
-def _cut(x: Tensor, dim: int, spans: Sequence[tuple[Run, Span]]) -> Sequence[Tensor]:
-    """The stretch of all tiles of a run along `dim`; for each run."""
-    lengths = [(run.count - 1) * run.step + span.length for run, span in spans]
-    starts = [span.start for _, span in spans]
-    if [*starts, x.shape[dim]] == [0, *(start + length for start, length in zip(starts, lengths))]:
-        # The gradient of a split is one concatenation, that of every slice a whole map of zeros.
-        return x.split(lengths, dim)
-    return [x.narrow(dim, start, length) for start, length in zip(starts, lengths)]
-
-
-def _rectangles(x: Tensor, y: tuple[Run, Span], column: tuple[Run, Span]) -> Tensor:
-    for dim, (run, span) in ((1, y), (3, column)):
-        if run.count == 1 or span.length == run.step:
-            x = x.unflatten(dim, (run.count, span.length))
-        else:
-            x = _Slide.apply(x, dim, span.length, run.step)
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2).transpose(1, 2)
-
-
-class _Slide(torch.autograd.Function):
-    """Overlapping stretches of an axis as two axes, `x.unfold` with its new axis behind `dim`.
-
-    The gradient adds whole steps; that of `unfold` adds pixel by pixel, which takes three times as long. Both
-    are linear, so derivatives of any order follow.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, dim: int, length: int, step: int) -> Tensor:
-        return x.unfold(dim, length, step).movedim(-1, dim + 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int, int], output: Tensor) -> None:
-        x, ctx.dim, ctx.length, ctx.step = inputs
-        ctx.size = x.shape[ctx.dim]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), dim, step = grads, ctx.dim, ctx.step
-        behind = (0, 0) * (grad.dim() - 2 - dim)
-        total = None
-        for start in range(0, ctx.length, step):
-            part = grad.narrow(dim + 1, start, min(step, ctx.length - start))
-            part = F.pad(part, (*behind, 0, step - part.shape[dim + 1])).flatten(dim, dim + 1)
-            end = ctx.size - start - part.shape[dim]
-            part = F.pad(part, (*behind, start, end))
-            total = part if total is None else total + part
-        return total, None, None, None
-
-
-def untile(out: Tensor, batch: int, y: Run, x: Run) -> Tensor:
-    """The inverse of `tiles` for query rectangles: `[B, rows, columns, heads, d]`."""
-    out = out.transpose(1, 2).unflatten(1, (y.query.length, x.query.length))
-    out = out.unflatten(0, (batch, y.count, x.count)).transpose(2, 3)
-    return out.flatten(1, 2).flatten(2, 3)
-
-
-def _cat(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def run_biases(
-    bias: Tensor | None, pattern: Pattern, runs_y: list[Run], runs_x: list[Run], q: Tensor
-) -> list[Tensor | None]:
-    """What is added to the logits of the tiles of every pair of runs: bias, and -inf for absent keys."""
-    is_dense = bias is not None and bias.shape[1:] != pattern.table_shape
-    seen: list[list[tuple[Tensor, ...]]] = [[], []]
-    # Whole blocks need neither a mask nor a gather, so nothing is written out for windows.
-    if any(run.masked or (run.blocks > 1 and is_dense) for run in (*runs_y, *runs_x)):
-        for pairs, axis, runs in ((seen[0], pattern.y, runs_y), (seen[1], pattern.x, runs_x)):
-            pairs += [axis.visibility(*run_pixels(run, axis, q.device)) for run in runs]
-    absent = [
-        [q.new_zeros(visible.shape).masked_fill(~visible, float("-inf")) for visible, *_ in pairs]
-        for pairs in seen
-    ]
-    biases = []
-    for (i, y), (j, x) in product(enumerate(runs_y), enumerate(runs_x)):
-        total = None
-        if bias is not None and not is_dense:
-            total = _from_table(bias, pattern, y, x)
-        elif bias is not None and y.blocks == x.blocks == 1:
-            total = _from_block(bias, pattern, y, x)
-        elif bias is not None:
-            total = bias_of_pairs(bias, pattern, seen[0][i], seen[1][j])
-        if y.masked or x.masked:
-            mask = absent[0][i][:, None, :, None] + absent[1][j][None, :, None, :]
-            total = mask[None] if total is None else total + mask
-        biases.append(None if total is None else total.flatten(3, 4).flatten(1, 2))
-    return biases
-
-
-def run_pixels(run: Run, axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Queries and keys of the first tile of a run, as `Axis.visibility` counts them."""
-    key = run.key.start - axis.key_padding[0]
-    return (
-        torch.arange(run.query.start, run.query.start + run.query.length, device=device),
-        torch.arange(key, key + run.key.length, device=device),
-    )
-
-
-def _from_table(table: Tensor, pattern: Pattern, y: Run, x: Run) -> Tensor:
-    """The bias `[heads, qy, qx, ky, kx]` of a tile; the table slides over the pairs without a gather."""
-    for dim, axis, run in ((1, pattern.y, y), (2, pattern.x, x)):
-        last_query = run.query.start + run.query.length - 1
-        first = run.key.start - axis.key_padding[0] - last_query + axis.reach
-        length = run.query.length + run.key.length - 1
-        # Absent pairs of a tile may lie farther apart than any entry; what they read is masked.
-        low, high = max(-first, 0), max(first + length - table.shape[dim], 0)
-        if low or high:
-            table = F.pad(table, (0, 0) * (table.dim() - 1 - dim) + (low, high))
-        table = table.narrow(dim, first + low, length).unfold(dim, run.key.length, 1)
-    # Sliding along the table walks through the queries backwards: key - query grows as the query shrinks.
-    return table.flip(1, 2)
-
-
-def _from_block(bias: Tensor, pattern: Pattern, y: Run, x: Run) -> Tensor:
-    """The bias `[heads, qy, qx, ky, kx]` of a block that a border may cut, from that of a whole block."""
-    bias = bias.unflatten(2, (pattern.y.key_window, -1)).unflatten(1, (pattern.y.window, -1))
-    for dim, run in ((1, y), (2, x)):
-        bias = bias.narrow(dim, run.query.offset, run.query.length)
-        bias = bias.narrow(dim + 2, run.key.offset, run.key.length)
-    return bias
+def _differentiable_gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None,
+    scale: float,
+    with_bias: bool,
+) -> tuple[Tensor | None, ...]:
+    """`local_attention_backward` in operations that can be differentiated again."""
+    out, lse = attention_of_tiles(q, k, v, pattern, bias, scale, grad_lse is not None)
+    outs, weights = ([out], [grad]) if lse is None else ([out, lse], [grad, grad_lse])
+    inputs = [x for x in (q, k, v, bias) if x is not None and x.requires_grad]
+    grads = iter(torch.autograd.grad(outs, inputs, weights, create_graph=True))
+    return tuple(None if x is None or not x.requires_grad else next(grads) for x in (q, k, v, bias))

@@ -1,19 +1,29 @@
-"""First derivatives of local attention in plain PyTorch, tile by tile as the forward pass.
+"""First derivatives of local attention in plain PyTorch, chunk by chunk as the forward pass.
 
-The weights are recomputed, so that training keeps nothing but the inputs. Gradients of keys are added by
-whole rectangles and those of a bias table by products: the order of additions is fixed.
+The weights are recomputed, so that training keeps nothing but the inputs. Gradients of keys are added tile by
+tile and those of a bias table by products: the order of additions is fixed.
 """
 
 from __future__ import annotations
-
-from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pattern import Pattern, Run, Span
-from .pytorch import blocks_per_tile, by_groups, cat_tiles, run_biases, run_pixels, tiles, untile
+from ..precision import without_autocast
+from .pattern import Pattern, Run
+from .strips import (
+    add_key_strips,
+    band_biases,
+    bands,
+    chunks,
+    key_strips,
+    put_query_strips,
+    query_strips,
+    sums_of_runs,
+    tile,
+)
+from .tiles import by_groups, pad_keys, run_pixels
 
 
 def local_attention_backward(
@@ -25,6 +35,7 @@ def local_attention_backward(
     pattern: Pattern,
     bias: Tensor | None,
     scale: float,
+    with_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the bias.
 
@@ -37,22 +48,25 @@ def local_attention_backward(
         pattern: the geometry.
         bias: table or dense, or None.
         scale: multiplies q·k.
+        with_bias: whether the gradient of the bias is wanted; None otherwise.
     """
-    maps = [grad, q, F.pad(k, pattern.padding), F.pad(v, pattern.padding)]
+    maps = [grad, q, pad_keys(k, pattern), pad_keys(v, pattern)]
     maps += [] if grad_lse is None else [grad_lse[..., None]]
     wide = torch.promote_types(q.dtype, torch.float32)
-    grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+    grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and with_bias else None
 
     def attend_backward(group: Pattern, *args: Tensor) -> tuple[Tensor, ...]:
-        return _tiles_backward(group, bias, grad_bias, scale, *args)
+        return _strips_backward(group, bias, grad_bias, scale, *args)
 
-    dq, dk, dv = by_groups(pattern, maps, attend_backward)
+    with without_autocast(q):
+        dq, dk, dv = by_groups(pattern, maps, attend_backward)
     (top, _), (left, _) = pattern.y.key_padding, pattern.x.key_padding
     dk, dv = (t[:, top : top + q.shape[1], left : left + q.shape[2]] for t in (dk, dv))
+    dq, dk, dv = (t.to(q.dtype) for t in (dq, dk, dv))
     return dq, dk, dv, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
 
 
-def _tiles_backward(
+def _strips_backward(
     pattern: Pattern,
     bias: Tensor | None,
     grad_bias: Tensor | None,
@@ -64,69 +78,62 @@ def _tiles_backward(
     grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the maps of an undilated pattern; that of the bias is added to `grad_bias`."""
-    runs_y, runs_x = (axis.runs(blocks_per_tile(axis)) for axis in (pattern.y, pattern.x))
-    of_queries = [[(run, run.query) for run in runs] for runs in (runs_y, runs_x)]
-    of_keys = [[(run, run.key) for run in runs] for runs in (runs_y, runs_x)]
-    queries, grads = (tiles(t, *of_queries) for t in (q, grad))
-    keys, values = (tiles(t, *of_keys) for t in (k, v))
-    lse_grads = [None] * len(queries) if grad_lse is None else tiles(grad_lse, *of_queries)
-    biases = run_biases(bias, pattern, runs_y, runs_x, q)
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    parts = []
-    operands = zip(queries, keys, values, biases, grads, lse_grads)
-    for (y, x), operand in zip(product(runs_y, runs_x), operands):
-        tile_dq, tile_dk, tile_dv, dlogits = _dense_backward(scale, *operand)
-        parts.append((untile(tile_dq, q.shape[0], y, x),))
-        _add_tiles(dk, tile_dk, y, x)
-        _add_tiles(dv, tile_dv, y, x)
-        if bias is not None and grad_bias is not None:
-            _add_bias(grad_bias, bias, dlogits.sum(0, dtype=grad_bias.dtype), pattern, y, x)
-    return cat_tiles(parts, len(runs_x))[0], dk, dv
+    # In half precision the sums over all tiles that see a key would lose their small terms.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (q, k, v))
+    rows, columns = bands(pattern, q.shape[3])
+    for band in columns:
+        queries, grads = (query_strips(t, band, wide) for t in (q * scale, grad))
+        keys, values = (key_strips(t, band, wide) for t in (k, v))
+        lse_grads = None if grad_lse is None else query_strips(grad_lse, band, wide)
+        of_queries = torch.empty_like(queries)
+        of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for y, bias_of_y in zip(rows, band_biases(bias, pattern, rows, band, q)):
+            total = None
+            for chunk in chunks(queries, y, band.runs[0]):
+                dlogits = _dense_backward(
+                    *(tile(t, chunk, y, y.query) for t in (queries, grads)),
+                    *(tile(t, chunk, y, y.key) for t in (keys, values)),
+                    bias_of_y,
+                    None if lse_grads is None else tile(lse_grads, chunk, y, y.query),
+                    tile(of_queries, chunk, y, y.query),
+                    *(tile(t, chunk, y, y.key) for t in (of_keys, of_values)),
+                )
+                if grad_bias is not None:
+                    total = dlogits.sum(0) if total is None else total.add_(dlogits.sum(0))
+            if bias is not None and grad_bias is not None and total is not None:
+                for x, part in zip(band.runs, sums_of_runs(total, band)):
+                    _add_bias(grad_bias, bias, part, pattern, y, x)
+        put_query_strips(dq, of_queries.mul_(scale), band)
+        add_key_strips(dk, of_keys, band)
+        add_key_strips(dv, of_values, band)
+    return dq, dk, dv
 
 
 def _dense_backward(
-    scale: float,
     q: Tensor,
+    grad: Tensor,
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    grad: Tensor,
     grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v `[N, heads, n, d]` and of the logits `[N, heads, nq, nk]`."""
-    q = q * scale
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
+    """Write the gradient of scaled queries, and add those of keys and values, to the last three.
+
+    All maps are `[N, heads, n, d]`. Returns the gradient of the logits `[N, heads, nq, nk]`.
+    """
     logits = q @ k.transpose(-2, -1)
-    weights = (logits if bias is None else logits + bias).softmax(-1, dtype=wide)
-    dv = weights.to(grad.dtype).transpose(-2, -1) @ grad
-    dweights = (grad @ v.transpose(-2, -1)).to(wide)
-    shift = (weights * dweights).sum(-1, keepdim=True)
-    dlogits = weights * (dweights - (shift if grad_lse is None else shift - grad_lse))
-    rounded = dlogits.to(q.dtype)
-    return (rounded @ k) * scale, rounded.transpose(-2, -1) @ q, dv, dlogits
-
-
-def _add_tiles(target: Tensor, tile: Tensor, y: Run, x: Run) -> None:
-    """Add rectangles of keys `[B * tiles, heads, pixels, d]`, which may overlap, to their map."""
-    tile = tile.transpose(1, 2).unflatten(1, (y.key.length, x.key.length))
-    tile = tile.unflatten(0, (target.shape[0], y.count, x.count))
-    for rows, columns in product(_steps(y), _steps(x)):
-        part = tile.narrow(3, rows.offset, rows.length).narrow(4, columns.offset, columns.length)
-        place = target
-        for dim, run, span in ((1, y, rows), (2, x, columns)):
-            step = run.step if run.count > 1 else span.length
-            place = place.narrow(dim, span.start, (run.count - 1) * step + span.length)
-            place = place.unfold(dim, span.length, step)
-        place += part.permute(0, 1, 2, 5, 6, 3, 4)
-
-
-def _steps(run: Run) -> list[Span]:
-    """The keys of a tile in pieces that do not overlap those of the next tile."""
-    step = run.step if run.count > 1 else run.key.length
-    return [
-        Span(run.key.start + first, min(step, run.key.length - first), first)
-        for first in range(0, run.key.length, step)
-    ]
+    weights = (logits if bias is None else logits.add_(bias)).softmax(-1)
+    dv += weights.transpose(-2, -1) @ grad
+    dlogits = (grad @ v.transpose(-2, -1)).mul_(weights)
+    shift = dlogits.sum(-1, keepdim=True)
+    dlogits.addcmul_(weights, shift if grad_lse is None else shift - grad_lse, value=-1)
+    dq.copy_(dlogits @ k)
+    dk += dlogits.transpose(-2, -1) @ q
+    return dlogits
 
 
 def _add_bias(grad_bias: Tensor, bias: Tensor, dlogits: Tensor, pattern: Pattern, y: Run, x: Run) -> None:
