@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from .errors import InputError, RunError, nearest
+from .errors import InputError, LostProcess, RunError, nearest
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -34,7 +34,7 @@ def run_command(command: Callable[[], int | None]) -> None:
         _say(f"error: {error}")
         status = 2
     except RunError as error:
-        _say(f"stopped: {error}")
+        _say(f"stopped: {error}", everywhere=isinstance(error, LostProcess))
         status = 1
     sys.exit(status)
 
@@ -63,9 +63,9 @@ def check_requirements(metrics: Mapping[str, float], requirements: Sequence[str]
         raise RunError("; ".join(failed))
 
 
-def _say(sentence: str) -> None:
+def _say(sentence: str, everywhere: bool = False) -> None:
     # All processes of a machine meet the same wrong input; one of them says it.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print(sentence, file=sys.stderr)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .errors import InputError, as_input_error
 from .setup import Plan
+from .sharding import whole, whole_optimizer_state
 
 
 @dataclass
@@ -65,8 +66,11 @@ class TrainingState:
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything as tensors, numbers, strings, lists and dicts, which `torch.load` reads safely."""
-        return {
+        """Everything as tensors, numbers, strings, lists and dicts, which `torch.load` reads safely.
+
+        With sharded weights every process must call it.
+        """
+        state = {
             "step": self.step,
             "updates_per_epoch": self.plan.updates_per_epoch,
             "model": self.model.state_dict(),
@@ -78,6 +82,7 @@ class TrainingState:
             "metrics": self.metrics,
             "best": self.best,
         }
+        return whole(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where `state` stood.
@@ -94,7 +99,7 @@ class TrainingState:
             "cannot resume: the state is of another network or optimizer", RuntimeError, ValueError
         ):
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(whole_optimizer_state(state["optimizer"], self.optimizer))
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"] or state["model"])
             if self.scaler is not None and state["scaler"] is not None:
