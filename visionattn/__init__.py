@@ -9,6 +9,7 @@
 
 from . import kernels, models
 from .checkpoints import load_checkpoint, save_checkpoint
+from .integrations.timm_attention import accelerate, restore
 
 __version__ = "0.1.0"
-__all__ = ["kernels", "load_checkpoint", "models", "save_checkpoint"]
+__all__ = ["accelerate", "kernels", "load_checkpoint", "models", "restore", "save_checkpoint"]

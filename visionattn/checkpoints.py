@@ -142,7 +142,10 @@ def unwrap_state_dict(content: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model's weights as safetensors; an existing file is replaced only by a whole one.
 
@@ -150,16 +153,17 @@ def save_checkpoint(
         model: its state dict is saved, without the wrappers of compilation or distribution.
         path: where to.
         metadata: short texts to keep with the weights.
+        weights: what to save in place of the state dict, for a model whose weights are sharded.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     # Clones, because safetensors refuses tensors that share memory (tied weights).
-    state = unwrap_model(model).state_dict()
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    state = unwrap_model(model).state_dict() if weights is None else weights
+    whole = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     try:
         # Not save_file, whose files only their owner can read.
-        beside.write_bytes(save(weights, {"format": "pt", **(metadata or {})}))
+        beside.write_bytes(save(whole, {"format": "pt", **(metadata or {})}))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -74,9 +74,9 @@ def test_weights_load_anywhere_also_tied_ones(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(InputError, match="no trained weights"):
         trained_weights(tmp_path)
-    folder.write_weights("last", model, {"step": 1})
+    folder.write_weights("last", model, None, {"step": 1})
     assert trained_weights(tmp_path).name == "last.safetensors"
-    folder.write_weights("best", model, {"step": 1})
+    folder.write_weights("best", model, None, {"step": 1})
     torch.testing.assert_close(load_file(trained_weights(tmp_path)), dict(model.state_dict()))
 
 

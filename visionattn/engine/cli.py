@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, RunError, as_input_error, nearest
+from .errors import InputError, LostProcess, RunError, as_input_error, nearest
 from .run_folder import replacing
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -39,7 +39,7 @@ def run_command(command: Callable[[], int | None]) -> None:
         _say(f"error: {error}")
         status = 2
     except RunError as error:
-        _say(f"stopped: {error}")
+        _say(f"stopped: {error}", everywhere=isinstance(error, LostProcess))
         status = 1
     sys.exit(status)
 
@@ -88,9 +88,9 @@ def check_requirements(metrics: Mapping[str, float], requirements: Sequence[str]
         raise RunError("; ".join(failed))
 
 
-def _say(sentence: str) -> None:
+def _say(sentence: str, everywhere: bool = False) -> None:
     # All processes of a machine meet the same wrong input; one of them says it.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print(sentence, file=sys.stderr)
 
 

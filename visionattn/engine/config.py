@@ -140,6 +140,13 @@ class TrainConfig(Section):
         default=0, ge=0, lt=2**32, description="seed of weights, data order, augmentation, dropout"
     )
     workers: int = Field(default=2, ge=0, description="data loading processes per process")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="each of several processes holds all weights (ddp), or its share of them (fsdp)",
+    )
+    timeout: float = Field(
+        default=1800, gt=0, description="seconds after which a process that hears nothing of the others ends"
+    )
     eval_every: int | None = Field(
         default=1, gt=0, description="evaluation, in the schedule's unit; null: at the end"
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+
+from .errors import LostProcess, one_line
 
 
 def is_distributed() -> bool:
@@ -38,3 +42,24 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * process_count()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+@contextmanager
+def expecting_others() -> Iterator[None]:
+    """Turn the loss of another process inside the block into one sentence.
+
+    Raises:
+        LostProcess: another process ended, or was not heard of for `train.timeout` seconds.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo's errors have no class of their own.
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not (lost and is_distributed()):
+            raise
+        raise LostProcess(
+            f"process {process_index()} of {process_count()} waited for another that ended or was silent for "
+            f"train.timeout seconds; see what the others say, then continue with resume=auto "
+            f"({one_line(error)})"
+        ) from error

@@ -15,6 +15,10 @@ class RunError(RuntimeError):
     """A run cannot go on for a reason outside the program; the message is one sentence for the user."""
 
 
+class LostProcess(RunError):
+    """Another process of the run is gone; every process that finds out says so."""
+
+
 @contextmanager
 def as_input_error(context: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn errors of the given `kinds` inside the block into an `InputError` that starts with `context`.

@@ -16,11 +16,13 @@ from torch import nn
 
 from .cli import StopSignals
 from .config import TrainConfig
+from .distributed import expecting_others
 from .errors import RunError
 from .loading import batch_count, endless_batches, seed_all
 from .recorder import Recorder
 from .run_folder import RunFolder, read_state
-from .setup import create_accelerator, create_ema, create_optimizer, create_scheduler, make_plan
+from .setup import create_accelerator, create_scheduler, distribute, make_plan
+from .sharding import gathered, unsynchronized, whole
 from .state import TrainingState
 from .task import Task
 
@@ -41,12 +43,13 @@ class Result(NamedTuple):
     stopped_by: signal.Signals | None
 
 
+@expecting_others()
 def train(task: Task) -> Result:
     """Train a task's network in place as its configuration says, on however many processes there are.
 
     Raises:
         InputError: the data or the run folder cannot be used; nothing was trained.
-        RunError: a loss was not finite, or the disk is full.
+        RunError: a loss was not finite, the disk is full, or another process of the run is gone.
     """
     options, folder = task.config.train, RunFolder(task.config.run_folder)
     state_file = folder.find_state(task.config.resume)
@@ -56,10 +59,8 @@ def train(task: Task) -> Result:
     config = task.config  # complete now that the data is open
     plan = make_plan(config, batch_count(train_loader))
 
-    bare_optimizer = create_optimizer(config.optimizer, task.model, task.adversary)
-    scheduler = create_scheduler(config.schedule, plan, bare_optimizer)
-    network, optimizer = accelerator.prepare(task, bare_optimizer)
-    ema = create_ema(config.ema, task.model)
+    network, optimizer, ema = distribute(task, config, accelerator)
+    scheduler = create_scheduler(config.schedule, plan, optimizer.optimizer)
     state = TrainingState(task.model, task.adversary, optimizer, accelerator.scaler, ema, plan)
     if state_file is not None:
         state.load_state_dict(read_state(state_file))
@@ -90,18 +91,23 @@ def train(task: Task) -> Result:
                     state.metrics = evaluate_weights(state.judged, task, eval_loader, accelerator)
                     recorder.report("eval", state.metrics)
                     _keep_best(state, task, folder, main)
-                if main and (evaluating or stop or _due(state.step, options.save_every)):
-                    folder.write_weights("last", state.judged, {"step": state.step})
-                    folder.write_state(state.state_dict())
+                if evaluating or stop or _due(state.step, options.save_every):
+                    everything = state.state_dict()
+                    if main:
+                        weights = everything["ema"] or everything["model"]
+                        folder.write_weights("last", state.judged, weights, {"step": state.step})
+                        folder.write_state(everything)
 
         stopped_by = (signals.received or signal.SIGTERM) if state.step < plan.total else None
-        if main and stopped_by is None:
+        if stopped_by is None:
             with _judging(task, state.judged):
-                folder.write_pictures(task.pictures())
+                if main:
+                    folder.write_pictures(task.pictures())
         recorder.conclude(stopped_by)
     return Result(state.step, state.metrics, state.best, stopped_by)
 
 
+@expecting_others()
 def evaluate(task: Task) -> dict[str, float]:
     """The metrics of a task's network over its held-out data, under the configured precision."""
     accelerator = create_accelerator(task.config.train)
@@ -126,7 +132,7 @@ def _judging(task: Task, model: nn.Module) -> Iterator[None]:
     task.eval()
     try:
         # Not inference_mode: a network may cache masks here that training uses afterwards.
-        with torch.no_grad():
+        with torch.no_grad(), gathered(model):
             yield
     finally:
         task.model = own
@@ -154,12 +160,14 @@ def _update(
         # Dropout, drop path and mixing follow from the position alone, so that a resumed run repeats them.
         seed_all("updates", options.seed, state.step, index, accelerator.process_index)
         last = index == options.accumulate - 1
-        with nullcontext() if last else accelerator.no_sync(network):
-            losses = network(batch)
+        with nullcontext() if last else unsynchronized(network, accelerator):
+            with accelerator.autocast():
+                losses = network(batch)
             accelerator.backward(losses["loss"])
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / options.accumulate
-    sums["grad_norm"] = accelerator.clip_grad_norm_(state.model.parameters(), options.clip_grad or math.inf)
+    norm = accelerator.clip_grad_norm_(state.model.parameters(), options.clip_grad or math.inf)
+    sums["grad_norm"] = whole(norm)
 
     # The only wait for the device in an update: without it a step that is not finite could not be named.
     flag = torch.tensor(float(signals.received is not None), device=accelerator.device)
@@ -196,8 +204,9 @@ def _keep_best(state: TrainingState, task: Task, folder: RunFolder, main: bool) 
         "step": state.step,
         "file": "checkpoints/best.safetensors",
     }
+    weights = whole(state.judged.state_dict())
     if main:
-        folder.write_weights("best", state.judged, state.best)
+        folder.write_weights("best", state.judged, weights, state.best)
         folder.write_json("best.json", {**state.best, "metrics": state.metrics})
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visionattn.checkpoints import save_checkpoint
 
@@ -105,11 +105,23 @@ class RunFolder:
         """Write a JSON file of the folder."""
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
-    def write_weights(self, which: str, model: nn.Module, facts: Mapping[str, Any]) -> Path:
-        """Write `checkpoints/{which}.safetensors`; returns its path within the folder."""
+    def write_weights(
+        self, which: str, model: nn.Module, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]
+    ) -> Path:
+        """Write `checkpoints/{which}.safetensors`.
+
+        Args:
+            which: `"best"` or `"last"`.
+            model: the network.
+            weights: its state dict, where it is sharded and cannot say it alone.
+            facts: what to keep with the weights.
+
+        Returns:
+            The path within the folder.
+        """
         name = Path("checkpoints") / f"{which}.safetensors"
         with replacing(self.path / name) as beside:
-            save_checkpoint(model, beside, {key: str(value) for key, value in facts.items()})
+            save_checkpoint(model, beside, {key: str(value) for key, value in facts.items()}, weights)
         return name
 
     def write_state(self, state: Mapping[str, Any]) -> None:

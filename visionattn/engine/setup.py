@@ -6,11 +6,13 @@ import bisect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -20,6 +22,8 @@ from torch.optim import Optimizer
 
 from .config import EmaConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from .errors import InputError, as_input_error, nearest
+from .sharding import shard
+from .task import Task
 
 _SUPPORTED = (
     DistributedType.NO,
@@ -78,6 +82,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
             cpu=not torch.accelerator.is_available(),
             mixed_precision=config.amp,
             gradient_accumulation_steps=config.accumulate,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
@@ -86,7 +91,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         raise InputError("train.amp=fp16 needs a GPU; the CPU has bf16")
     if accelerator.distributed_type not in _SUPPORTED:
         kind = accelerator.distributed_type.value
-        raise InputError(f"the launcher asks for {kind}, but training runs on data-parallel processes only")
+        raise InputError(f"the launcher asks for {kind}: leave that to train.parallel, which is ddp or fsdp")
     return accelerator
 
 
@@ -173,8 +178,37 @@ def create_scheduler(config: ScheduleConfig, plan: Plan, optimizer: Optimizer) -
     return scheduler
 
 
-def create_ema(config: EmaConfig, model: nn.Module) -> ModelEmaV3 | None:
-    """The average of a network's weights, on its device, if one is asked for."""
+def create_ema(config: EmaConfig, model: nn.Module, foreach: bool = True) -> ModelEmaV3 | None:
+    """The average of a network's weights, on its device, if one is asked for.
+
+    Args:
+        config: decay and warm-up.
+        model: the network.
+        foreach: update all weights in one call, which needs them of one kind.
+    """
     if config.decay is None:
         return None
-    return ModelEmaV3(model, decay=config.decay, use_warmup=config.warmup)
+    return ModelEmaV3(model, decay=config.decay, use_warmup=config.warmup, foreach=foreach)
+
+
+def distribute(
+    task: Task, config: RunConfig, accelerator: Accelerator
+) -> tuple[nn.Module, AcceleratedOptimizer, ModelEmaV3 | None]:
+    """Put a task onto its device and, with several processes, share the work out.
+
+    Returns:
+        What computes the loss of a batch on all processes, the optimizer, and the average of the weights.
+    """
+    sharded = config.train.parallel == "fsdp" and accelerator.num_processes > 1
+    task.to(accelerator.device)
+    ema = create_ema(config.ema, task.model, foreach=not sharded)
+    if not sharded:
+        optimizer = create_optimizer(config.optimizer, task.model, task.adversary)
+        network, optimizer = accelerator.prepare(task, optimizer)
+        return network, optimizer, ema
+    # Not accelerate's plugin, which refuses the CPU.
+    trained = [part for part in task.children() if any(p.requires_grad for p in part.parameters())]
+    for network in [*trained, *([] if ema is None else [ema.module])]:
+        shard(network, accelerator.device)
+    optimizer = create_optimizer(config.optimizer, task.model, task.adversary)
+    return task, accelerator.prepare(optimizer), ema

@@ -10,6 +10,7 @@ from torch import nn
 
 from .errors import InputError, as_input_error
 from .setup import Plan
+from .sharding import whole, whole_optimizer_state
 
 
 @dataclass
@@ -67,8 +68,11 @@ class TrainingState:
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything as tensors, numbers, strings, lists and dicts, which `torch.load` reads safely."""
-        return {
+        """Everything as tensors, numbers, strings, lists and dicts, which `torch.load` reads safely.
+
+        With sharded weights every process must call it.
+        """
+        state = {
             "step": self.step,
             "updates_per_epoch": self.plan.updates_per_epoch,
             "model": self.model.state_dict(),
@@ -81,6 +85,7 @@ class TrainingState:
             "metrics": self.metrics,
             "best": self.best,
         }
+        return whole(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where `state` stood.
@@ -97,7 +102,7 @@ class TrainingState:
             "cannot resume: the state is of another network or optimizer", RuntimeError, ValueError
         ):
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(whole_optimizer_state(state["optimizer"], self.optimizer))
             if self.adversary is not None:
                 self.adversary.load_state_dict(state["adversary"])
             if self.ema is not None:
