@@ -1,5 +1,6 @@
 # make demo   installs into .venv, trains both demos on built-in real data, checks and shows their results
 # make test   installs into .venv, checks the style, runs the tests
+# make test-mm   installs mmdetection and mmsegmentation into .venv-mm, tests the plug-in and trains its examples
 # make lint   ruff and pyright alone
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 # One thread per test process: two processes of two threads on two cores wait for each other.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-mm lint clean
 
 demo: .venv/demo
 	rm -rf runs/demo
@@ -23,6 +24,15 @@ test: lint
 test-slow: .venv/dev
 	$(TEST) -m slow
 
+# An environment of its own, because the versions that these packages allow hold others back.
+test-mm: .venv-mm/ready
+	OMP_NUM_THREADS=1 .venv-mm/bin/python -m pytest -n 2 tests/integrations/openmmlab
+
+.venv-mm/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-mm
+	.venv-mm/bin/python -m pip install --quiet --disable-pip-version-check -e '.[openmmlab,demo,test]'
+	touch $@
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +46,4 @@ lint: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-mm build *.egg-info

@@ -1,1 +1,1 @@
-"""Other people's networks and toolboxes on the attention of this library."""
+"""The zoo inside other toolboxes, and other people's networks on its attention."""
