@@ -8,7 +8,7 @@
 """
 
 from . import kernels, models
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import identify, load_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
-__all__ = ["kernels", "load_checkpoint", "models", "save_checkpoint"]
+__all__ = ["identify", "kernels", "load_checkpoint", "models", "save_checkpoint"]

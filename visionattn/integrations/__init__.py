@@ -1,0 +1,1 @@
+"""Other people's networks and toolboxes on the attention of this library."""
