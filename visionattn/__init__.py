@@ -8,8 +8,16 @@
 """
 
 from . import kernels, models
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import identify, load_checkpoint, save_checkpoint
 from .integrations.timm_attention import accelerate, restore
 
 __version__ = "0.1.0"
-__all__ = ["accelerate", "kernels", "load_checkpoint", "models", "restore", "save_checkpoint"]
+__all__ = [
+    "accelerate",
+    "identify",
+    "kernels",
+    "load_checkpoint",
+    "models",
+    "restore",
+    "save_checkpoint",
+]

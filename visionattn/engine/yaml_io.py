@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def parse_value(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise InputError(f"cannot read {where} as YAML: {one_line(error)}") from error
+
+
+def parse_pairs(texts: Sequence[str]) -> dict[str, Any]:
+    """The mapping that texts such as `"depths=[2, 2]"` describe; values are YAML.
+
+    Raises:
+        InputError: a text without `=`, or with a value that is no YAML.
+    """
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"an argument of the network reads key=value, but {text!r} was given")
+        pairs[key] = parse_value(value, where=text)
+    return pairs
 
 
 def dump_yaml(content: dict[str, Any]) -> str:

@@ -1,5 +1,9 @@
 """The networks: one file per family, registered with timm when this package is imported."""
 
+import argparse
+
+import torch
+
 from . import agent_attention, inline_attention
 from ._deit import DeiT
 from ._hosts import PVT, CSwin, Swin
@@ -34,3 +38,7 @@ __all__ = [
     "agent_attention",
     "inline_attention",
 ]
+
+# Official files hold, beside the weights, the options of their training: attributes without any behaviour.
+# With this PyTorch reads them, also when timm asks it to, and still runs no code.
+torch.serialization.add_safe_globals([argparse.Namespace])

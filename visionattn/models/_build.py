@@ -6,12 +6,12 @@ import os
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg
 from torch import nn
 
 from ._deit import DeiT
 from ._deit import checkpoint_filter_fn as deit_filter_fn
 from ._hosts import checkpoint_filter_fn as pyramid_filter_fn
+from ._layout import build
 
 
 def host_cfg(host: type[nn.Module], url: str, size: int, **kwargs: Any) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def build_host(host: type[nn.Module], variant: str, pretrained: bool, **kwargs: 
     isotropic = host is DeiT
     # All shared files have the same name: without a folder each, one would be taken for the other.
     cache_dir = os.path.join(torch.hub.get_dir(), "checkpoints", variant)
-    return build_model_with_cfg(
+    return build(
         host,
         variant,
         pretrained,

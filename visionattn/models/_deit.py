@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 
 from ..kernels.checks import pair
 from ..layers.maps import on_nhwc
-from ._hosts import Attention, Size, fit_tables, resize_tokens
+from ._hosts import Attention, Size, fit_tables, resize_tokens, square
+from ._layout import Layout, Names, Shapes, Weights, classes_of, unwrap
 from ._pyramid import Block, init_linear
 from ._shared import check_size, drop_path_rates
 
@@ -231,11 +235,54 @@ class DeiT(nn.Module):
         return checkpoint(block, x, size) if self.grad_checkpointing and self.training else block(x, size)
 
 
+_NAMES = Names(("^patch_embed.proj.", "^patch_embed."))
+
+
+def to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights in our names."""
+    return {_NAMES.to_ours(name): value for name, value in official.items()}
+
+
+def to_official(weights: Weights, model: DeiT) -> dict[str, Tensor]:
+    """Our weights in the authors' names."""
+    return {_NAMES.to_official(name): value for name, value in weights.items()}
+
+
+def deit_arguments(ours: Shapes, mark: str, heads: Callable[[tuple[int, ...]], int]) -> dict[str, Any]:
+    """The arguments that weights tell; parameters as `host_arguments` has them."""
+    dim, in_chans, patch, _ = ours["patch_embed.weight"]
+    depth = ours.length("blocks")
+    marked = [shape for i in range(depth) if (shape := ours.get(f"blocks.{i}.{mark}"))]
+    lines = [ours.get(f"blocks.0.attn.{axis}_bias") for axis in ("ah", "aw")]
+    side = math.isqrt(ours["pos_embed"][1] - 1)
+    rows, columns = (lines[0][3], lines[1][4]) if lines[0] and lines[1] else (side, side)
+    return {
+        "in_chans": in_chans,
+        "num_classes": classes_of(ours),
+        "img_size": square(patch * rows, patch * columns),
+        "patch_size": patch,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads(marked[0]),
+        # Twelve, where all are: there may be fewer blocks than that.
+        "global_blocks": len(marked) if len(marked) < depth else 12,
+    }
+
+
+def deit_layout(
+    family: str, arguments: Callable[[Shapes, Shapes], dict[str, Any]], mark: str, unlearned: tuple[str, ...]
+) -> Layout:
+    """The layout of DeiT with an attention; parameters as `Layout` has them."""
+    return Layout(
+        *(family, DeiT, (r"^pos_embed$", rf"\.{re.escape(mark)}$"), to_ours, arguments, to_official),
+        wrapper="model",
+        unlearned=unlearned,
+    )
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: DeiT) -> dict[str, Tensor]:
     """Rename the official parameters to ours; our own names pass unchanged.
 
     Tables of another training size are resized as the authors do for fine-tuning.
     """
-    state_dict = state_dict.get("model", state_dict)
-    out = {name.replace("patch_embed.proj.", "patch_embed."): value for name, value in state_dict.items()}
-    return fit_tables(out, model, prefix=1)
+    return fit_tables(to_ours(unwrap(state_dict)[0]), model, prefix=1)

@@ -7,6 +7,7 @@ have it; the others keep the attention of the host.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,17 @@ from ..kernels import window_attention
 from ..kernels.checks import pair
 from ..layers import WindowAttention2d
 from ..layers.maps import fill_up, on_nhwc
+from ._layout import (
+    CLASSIFIER,
+    Layout,
+    Names,
+    Shapes,
+    Weights,
+    classes_of,
+    shift_mask,
+    unwrap,
+    window_index,
+)
 from ._pyramid import Block, Pyramid, Stage
 from ._shared import drop_path_rates
 
@@ -292,6 +304,7 @@ class Swin(Pyramid):
             min_size=1,
             **dd,
         )
+        self.training_size = (height, width)
 
 
 class CSwin(Pyramid):
@@ -390,53 +403,169 @@ def _downsample(stage: int) -> str:
     return f"stages.{stage}.downsample." if stage else "stem."
 
 
-# Official names of the three hosts, which do not clash; stages are counted from 1 in PVT and CSwin.
-_RENAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (r"^patch_embed\.", "stem."),
-    (r"^patch_embed(\d)\.", lambda m: _downsample(int(m[1]) - 1)),
-    (r"^pos_embed(\d)$", lambda m: f"{_downsample(int(m[1]) - 1)}pos_embed"),
-    (r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
-    (r"^layers\.(\d)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
-    (r"^layers\.", "stages."),
-    (r"^norm(\d)\.", r"extra_norms.\1."),
-    (r"^stage1_conv_embed\.0\.", "stem.proj."),
-    (r"^stage1_conv_embed\.2\.", "stem.norm."),
-    (r"^merge(\d)\.conv\.", r"stages.\1.downsample.proj."),
-    (r"^merge(\d)\.", r"stages.\1.downsample."),
-    (r"^stage(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
-    (r"(blocks\.\d+)\.(qkv|proj)\.", r"\1.attn.\2."),
-    (r"\.attns\.(\d)\.get_v\.", r".attn.lepe.\1."),
-    (r"\.attns\.0\.", ".attn."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
+_SWIN = (
+    ("^patch_embed.", "^stem."),
+    *((f"^layers.{i}.downsample.", f"^stages.{i + 1}.downsample.") for i in range(8)),
+    ("^layers.#.blocks.", "^stages.#.blocks."),
+    ("^norm#.", "^extra_norms.#."),
+    *CLASSIFIER,
+)
+# Stages are counted from 1 in PVT and CSwin.
+_PVT = (
+    *((f"^patch_embed{i + 1}.", f"^{_downsample(i)}") for i in range(8)),
+    *((f"^pos_embed{i + 1}$", f"^{_downsample(i)}pos_embed$") for i in range(8)),
+    *((f"^block{i + 1}.", f"^stages.{i}.blocks.") for i in range(8)),
+    *CLASSIFIER,
+)
+_CSWIN = (
+    ("^stage1_conv_embed.0.", "^stem.proj."),
+    ("^stage1_conv_embed.2.", "^stem.norm."),
+    *((f"^merge{i}.conv.", f"^stages.{i}.downsample.proj.") for i in range(1, 8)),
+    *((f"^merge{i}.norm.", f"^stages.{i}.downsample.norm.") for i in range(1, 8)),
+    *((f"^stage{i + 1}.", f"^stages.{i}.blocks.") for i in range(8)),
+    ("^stages.#.blocks.#.qkv.", "^stages.#.blocks.#.attn.qkv."),
+    ("^stages.#.blocks.#.proj.", "^stages.#.blocks.#.attn.proj."),
+    (".attns.#.get_v.", ".attn.lepe.#."),
+    *((f".attns.0.{table}_bias$", f".attn.{table}_bias$") for table in ("an", "na", "ah", "aw", "ha", "wa")),
+    (".attns.0.residual.", ".attn.residual."),
+    *CLASSIFIER,
+)
+_NAMES = {PVT: Names(*_PVT), Swin: Names(*_SWIN), CSwin: Names(*_CSWIN)}
+# A parameter of every global attention in a host, and its heads from its shape.
+GlobalHeads = tuple[str, Callable[[tuple[int, ...]], int]]
+_GLOBAL_MARKS = ("attn.an_bias", "attn.residual.0.weight")
+
+
+def to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights of the three hosts, whose names do not clash, in our names.
+
+    PVT's separate query and key-value projections are joined. Swin's bias tables become `[heads, rows,
+    columns]`, key minus query. Stored indices and masks are left out.
+    """
+    out: dict[str, Tensor] = {}
+    for name, value in official.items():
+        if name.endswith((".relative_position_index", ".attn_mask")):
+            continue
+        for names in _NAMES.values():
+            name = names.to_ours(name)
+        if name.endswith("relative_position_bias_table") and value.ndim == 2:
+            side = round(value.shape[0] ** 0.5)
+            value = value.unflatten(0, (side, side)).permute(2, 0, 1).flip(1, 2)
+        out[name] = value
+    # The same official name is the convolution of a global attention and that of stripes.
+    for name in [name for name in out if ".attn.lepe.0." in name]:
+        block, _, leaf = name.partition("attn.lepe.0.")
+        if any(block + mark in out for mark in _GLOBAL_MARKS):
+            out[f"{block}attn.dwc.{leaf}"] = out.pop(name)
+    for name in [name for name in out if ".attn.q." in name]:
+        joined = name.replace(".attn.q.", ".attn.qkv.")
+        out[joined] = torch.cat([out.pop(name), out.pop(name.replace(".attn.q.", ".attn.kv."))])
+    return out
+
+
+def to_official(weights: Weights, model: Pyramid) -> dict[str, Tensor]:
+    """Our weights of a host in the authors' names, with the indices and masks that their code stores."""
+    host = type(model)
+    out: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if host is CSwin:
+            name = name.replace(".attn.dwc.", ".attn.lepe.0.")
+        if name.endswith("relative_position_bias_table"):
+            value = value.flip(1, 2).flatten(1).T
+        name = _NAMES[host].to_official(name)
+        if host is PVT and ".attn.qkv." in name:
+            dim = value.shape[0] // 3
+            out[name.replace(".qkv.", ".q.")] = value[:dim]
+            out[name.replace(".qkv.", ".kv.")] = value[dim:]
+        else:
+            out[name] = value
+    if isinstance(model, Swin):
+        out |= _swin_buffers(model)
+    return out
+
+
+def _swin_buffers(model: Swin) -> dict[str, Tensor]:
+    out = {}
+    for path, attn in model.named_modules():
+        if not isinstance(attn, WindowAttention2d):
+            continue
+        block, window = path.removesuffix(".attn"), (attn.window_size, attn.window_size)
+        out[f"{path}.relative_position_index"] = window_index(window)
+        reduction = 4 * 2 ** int(path.split(".")[1])
+        size = [-(-side // reduction) for side in model.training_size]
+        if attn.shift and min(size) > attn.window_size:
+            size = [-(-side // attn.window_size) * attn.window_size for side in size]
+            out[f"{block}.attn_mask"] = shift_mask(size, window, (attn.shift, attn.shift))
+    return {_NAMES[Swin].to_official(name): value for name, value in out.items()}
+
+
+def host_arguments(ours: Shapes, mark: str, heads: Callable[[tuple[int, ...]], int]) -> dict[str, Any]:
+    """The arguments of a host that its weights tell.
+
+    Args:
+        ours: shapes in our layout.
+        mark: a parameter that every global attention has, for instance `"attn.an_bias"`.
+        heads: the number of heads from its shape.
+    """
+    depths = ours.lengths("stages", "blocks")
+    dims = tuple(ours[f"stages.{i}.blocks.0.norm1.weight"][0] for i in range(len(depths)))
+    global_blocks, num_heads = [], []
+    for i, depth in enumerate(depths):
+        marked = [shape for j in range(depth) if (shape := ours.get(f"stages.{i}.blocks.{j}.{mark}"))]
+        table = ours.get(f"stages.{i}.blocks.{depth - 1}.attn.relative_position_bias_table")
+        global_blocks.append(len(marked))
+        # Stripes do not tell their heads, which double from stage to stage.
+        num_heads.append(heads(marked[0]) if marked else table[0] if table else 2 * num_heads[-1])
+    out: dict[str, Any] = {
+        "in_chans": ours["stem.proj.weight"][1],
+        "num_classes": classes_of(ours),
+        "depths": depths,
+        "num_heads": tuple(num_heads),
+        "extra_norms": "extra_norms.0.weight" in ours,
+    }
+    lines = [ours.get(f"stages.0.blocks.0.attn.{axis}_bias") for axis in ("ah", "aw")]
+    if lines[0] and lines[1]:
+        out["img_size"] = square(4 * lines[0][3], 4 * lines[1][4])
+    if tokens := ours.get("stem.pos_embed"):
+        ratios = (ours[f"stages.{i}.blocks.0.mlp.fc1.weight"][0] / dim for i, dim in enumerate(dims))
+        side = 4 * math.isqrt(tokens[1])
+        return {"img_size": side, **out, "embed_dims": dims, "mlp_ratios": tuple(ratios)}
+    out |= {"embed_dim": dims[0], "global_blocks": tuple(global_blocks)}
+    if name := ours.first(r"\.relative_position_bias_table$"):
+        out["window_size"] = (ours[name][1] + 1) // 2
+    return out
+
+
+def square(height: int, width: int) -> int | Size:
+    """A size as an argument: one number where both sides are equal."""
+    return height if height == width else (height, width)
+
+
+def host_layouts(
+    family: str, arguments: Callable[[Shapes, Shapes], dict[str, Any]], mark: str, unlearned: tuple[str, ...]
+) -> tuple[Layout, ...]:
+    """The layouts of the three hosts with one attention; parameters of the arguments as `Layout` has them."""
+    tells = {
+        PVT: (r"^stem\.pos_embed$", ()),
+        Swin: (r"^stages\.1\.downsample\.reduction\.", ("window_size", "always_shift")),
+        CSwin: (r"\.attn\.lepe\.0\.", ("stripe",)),
+    }
+    return tuple(
+        Layout(
+            *(family, host, (pattern, rf"\.{re.escape(mark)}$"), to_ours, arguments, to_official),
+            wrapper="model",
+            unlearned=(*unlearned, *own),
+        )
+        for host, (pattern, own) in tells.items()
+    )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Pyramid) -> dict[str, Tensor]:
     """Rename the official parameters to ours; our own names pass unchanged.
 
-    PVT's separate query and key-value projections are joined. Swin's bias tables become `[heads, rows,
-    columns]`, key minus query. Tables of another training size are resized as the authors do for fine-tuning.
+    Tables of another training size are resized as the authors do for fine-tuning.
     """
-    for wrapper in ("state_dict_ema", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    own = model.state_dict()
-    out: dict[str, Tensor] = {}
-    for name, value in state_dict.items():
-        if name.endswith((".relative_position_index", ".attn_mask")):
-            continue
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        # The same official name is the convolution of a global attention and that of stripes.
-        if name not in own and ".attn.lepe.0." in name:
-            name = name.replace(".lepe.0.", ".dwc.")
-        if name.endswith("relative_position_bias_table") and value.ndim == 2:
-            side = round(value.shape[0] ** 0.5)
-            value = value.unflatten(0, (side, side)).permute(2, 0, 1).flip(1, 2)
-        out[name] = value
-    for name in [name for name in out if ".attn.q." in name]:
-        joined = name.replace(".attn.q.", ".attn.qkv.")
-        out[joined] = torch.cat([out.pop(name), out.pop(name.replace(".attn.q.", ".attn.kv."))])
-    return fit_tables(out, model)
+    return fit_tables(to_ours(unwrap(state_dict)[0]), model)
 
 
 def fit_tables(weights: dict[str, Tensor], model: nn.Module, prefix: int = 0) -> dict[str, Tensor]:

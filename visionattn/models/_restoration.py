@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg
 from torch import Tensor, nn
+
+from ._layout import Shapes, build
 
 RestorationTask = Literal[
     "super-resolution",
@@ -91,6 +93,13 @@ def upsampler(
     return nn.Sequential(*layers)
 
 
+def upscale_of(shapes: Shapes) -> int:
+    """The enlargement of the `upsampler` named `upsample` in a state dict; 1 where there is none."""
+    names = [name for name in shapes.names if name.startswith("upsample.") and name.endswith(".weight")]
+    steps = [shapes[name] for name in names]
+    return math.prod(math.isqrt(rows // columns) for rows, columns, *_ in steps)
+
+
 def super_resolution_cfg(results: str, **kwargs: Any) -> dict[str, Any]:
     """A `default_cfgs` entry of a super-resolution network.
 
@@ -116,4 +125,4 @@ def super_resolution_cfg(results: str, **kwargs: Any) -> dict[str, Any]:
 def build_restoration(model_cls: type, variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm's `build_model_with_cfg` for a network without a classifier."""
     classifier_options: Any = ("num_classes", "global_pool")
-    return build_model_with_cfg(model_cls, variant, pretrained, kwargs_filter=classifier_options, **kwargs)
+    return build(model_cls, variant, pretrained, kwargs_filter=classifier_options, **kwargs)

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2312.08874. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import nn
 
 from ..layers import AgentAttention2d
 from ._build import build_host, host_cfg
-from ._deit import DeiT
-from ._hosts import PVT, Attention, CSwin, Size, Swin
+from ._deit import DeiT, deit_arguments, deit_layout
+from ._hosts import PVT, Attention, CSwin, Size, Swin, host_arguments, host_layouts
+from ._layout import Shapes
 
 __all__: list[str] = []
 
@@ -90,7 +92,28 @@ def _create(
         kwargs: arguments of the host.
     """
     kwargs["attention"] = _attention(agents, agent_shapes, prefix=host is DeiT)
-    return build_host(host, variant, pretrained, **kwargs)
+    settings = {"agents": agents, "agent_shapes": agent_shapes}
+    return build_host(host, variant, pretrained, settings=settings, **kwargs)
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    out = host_arguments(ours, _MARK, lambda shape: shape[0])
+    tables = [ours.get(f"stages.{i}.blocks.0.{_MARK}") for i in range(len(out["depths"]))]
+    usual = (3, 4, 7, 7)  # of stages without agents
+    out["agents"] = tuple(math.isqrt(t[1]) if t else usual[min(i, 3)] for i, t in enumerate(tables))
+    return out
+
+
+def _arguments_deit(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    out = deit_arguments(ours, _MARK, lambda shape: shape[0])
+    return {**out, "agents": (math.isqrt(ours[f"blocks.0.{_MARK}"][1]),)}
+
+
+_MARK = "attn.an_bias"
+LAYOUTS = (
+    *host_layouts("agent_attention", _arguments, _MARK, ("agent_shapes",)),
+    deit_layout("agent_attention", _arguments_deit, _MARK, ("agent_shapes",)),
+)
 
 
 @register_model

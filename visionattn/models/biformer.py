@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ..layers import BiLevelRoutingAttention
 from ..layers.maps import on_nhwc
 from ._backbone import Backbone, CheckpointedStage
+from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
 from ._shared import drop_path_rates
 
 __all__ = ["BiFormer"]
@@ -231,30 +232,88 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: BiFormer) -> dict[str, Tensor]:
-    """Rename the official parameters to ours; our own names pass unchanged.
+# The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer is 2
+# or 3, and routed attention has names of its own, the NCHW operator others.
+_RULES = (
+    ("^downsample_layers.0.", "^stem."),
+    ("^downsample_layers.#.", "^stages.#.downsample."),
+    (".mlp.0.", ".mlp.fc1."),
+    *CLASSIFIER,
+)
+_OVERLAPPING = Names(*_RULES, ("^stages.#.#.", "^stages.#.blocks.#."), (".mlp.3.", ".mlp.fc2."))
+_PATCHES = Names(*_RULES, (".mlp.2.", ".mlp.fc2."))
+_ROUTED = {
+    "nhwc": Names((".attn.qkv.qkv.", ".attn.qkv."), (".attn.wo.", ".attn.proj.")),
+    "nchw": Names((".attn.qkv_linear.", ".attn.qkv."), (".attn.output_linear.", ".attn.proj.")),
+}
+_LINEAR = re.compile(r"\.(?:qkv|proj|fc1|fc2)\.weight$")
 
-    The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer
-    is 2 or 3, and the NCHW operator holds its projections as 1x1 convolutions under names of its own.
-    """
-    state_dict = state_dict.get("model", state_dict)
-    renames = [
-        (r"^downsample_layers\.0\.", "stem."),
-        (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-        (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
-        (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
-        (r"\.mlp\.0\.", ".mlp.fc1."),
-        (r"\.mlp\.[23]\.", ".mlp.fc2."),
-        (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    ]
-    linears = re.compile(r"\.(qkv|proj|fc1|fc2)\.weight$")
+
+def _to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights in our names; the 1x1 convolutions of the NCHW operator become linear layers."""
     out = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        out[name] = value.flatten(1) if linears.search(name) else value
+    for name, value in official.items():
+        for names in (_OVERLAPPING, _PATCHES, *_ROUTED.values()):
+            name = names.to_ours(name)
+        out[name] = value.flatten(1) if _LINEAR.search(name) else value
     return out
+
+
+def _to_official(weights: Weights, model: BiFormer) -> dict[str, Tensor]:
+    """Our weights in the authors' names."""
+    names = _PATCHES if weights["stem.0.weight"].shape[-1] == 4 else _OVERLAPPING
+    full = [m for m in model.modules() if isinstance(m, FullAttention)]
+    operator = "nchw" if full and full[0].lepe_of_values else "nhwc"
+    out = {}
+    for name, value in weights.items():
+        # Only routed attention has a bias of the queries, keys and values.
+        routed = f"{name.partition('.attn.')[0]}.attn.qkv.bias" in weights
+        value = value[..., None, None] if operator == "nchw" and _LINEAR.search(name) else value
+        out[names.to_official(_ROUTED[operator].to_official(name) if routed else name)] = value
+    return out
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    depths = ours.lengths("stages", "blocks")
+    dims = [ours[f"stages.{i}.blocks.0.norm1.weight"][0] for i in range(len(depths))]
+    stem, lepe = ours["stem.0.weight"], ours["stages.0.blocks.0.attn.lepe.weight"]
+    position = ours.get("stages.0.blocks.0.pos_embed.weight")
+    out: dict[str, Any] = {
+        "in_chans": stem[1],
+        "num_classes": classes_of(ours),
+        "depths": depths,
+        "embed_dims": tuple(dims),
+        "mlp_ratios": tuple(
+            ours[f"stages.{i}.blocks.0.mlp.fc1.weight"][0] / dim for i, dim in enumerate(dims)
+        ),
+        "side_dwconv": lepe[-1],
+        "before_attn_dwconv": position[-1] if position else 0,
+        "patch_conv": stem[-1] == 4,
+        "extra_norms": "extra_norms.0.weight" in ours,
+    }
+    routed = [f"stages.{i}.blocks.0.attn.qkv.bias" in ours for i in range(len(depths))]
+    if routed != [True] * (len(depths) - 1) + [False]:
+        raise KeyError("full attention in another than the last stage")
+    if any(".qkv_linear." in name for name in official.names):
+        out["operator"] = "nchw"
+    elif any(".qkv.qkv." in name for name in official.names):
+        out["operator"] = "nhwc"
+    return out
+
+
+LAYOUTS = (
+    Layout(
+        "biformer",
+        BiFormer,
+        (r"^stages\.0\.blocks\.0\.attn\.lepe\.weight$", r"^stem\.1\.running_mean$"),
+        _to_ours,
+        _arguments,
+        _to_official,
+        wrapper="model",
+        unlearned=("n_win", "topks", "head_dim", "operator", "auto_pad"),
+    ),
+)
+checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(url: str = "", top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -296,7 +355,7 @@ default_cfgs = generate_default_cfgs(
 def _create_biformer(variant: str, pretrained: bool = False, **kwargs: Any) -> BiFormer:
     # All shared files are called "content": without a folder each, one would be taken for the other.
     cache_dir = os.path.join(torch.hub.get_dir(), "checkpoints", variant)
-    return build_model_with_cfg(
+    return build(
         BiFormer,
         variant,
         pretrained,

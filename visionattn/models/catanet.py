@@ -8,9 +8,9 @@ https://arxiv.org/abs/2503.06896. Official code and weights: https://github.com/
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from ..kernels.precision import at_least_float32, without_autocast
 from ..layers.maps import mirror_index, on_nhwc
-from ._restoration import RestorationInfo, build_restoration, super_resolution_cfg, upsampler
+from ._layout import Layout, Names, Shapes, Weights, converter
+from ._restoration import RestorationInfo, build_restoration, super_resolution_cfg, upsampler, upscale_of
 from ._shared import check_size
 
 __all__ = ["CATANet"]
@@ -451,40 +452,83 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: CATANet) -> dict[str, Tensor]:
-    """Rename the official parameters to ours; our own names pass unchanged.
+_RULES = (
+    ("^first_conv.", "^conv_first."),
+    ("^last_conv.", "^conv_last."),
+    ("^mid_convs.#.", "^blocks.#.conv."),
+    ("^blocks.#.0.means$", "^blocks.#.centres$"),
+    ("^blocks.#.0.initted$", "^blocks.#.initialised$"),
+    ("^blocks.#.0.", "^blocks.#.aggregation."),
+    ("^blocks.#.1.layer.0.", "^blocks.#.local."),
+    ("^blocks.#.1.layer.1.", "^blocks.#.local.mlp."),
+    (".aggregation.irca_attn.to_", ".aggregation.centre_kv."),
+    (".aggregation.iasa_attn.to_", ".aggregation.qkv."),
+    (".aggregation.iasa_attn.proj.", ".aggregation.proj."),
+    (".aggregation.conv1x1.", ".aggregation.out."),
+    (".local.fn.to_", ".local.qkv."),
+    (".local.fn.proj.", ".local.proj."),
+    (".mlp.fn.fc#.", ".mlp.fc#."),
+    (".mlp.fn.dwconv.depthwise_conv.0.", ".mlp.dwconv."),
+)
+# The authors' upsampler has one step, or two.
+_ONE_STEP = Names(*_RULES, ("^upconv.", "^upsample.0."))
+_TWO_STEPS = Names(*_RULES, ("^upconv1.", "^upsample.0."), ("^upconv2.", "^upsample.3."))
+
+
+def _to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights in our names.
 
     Centres without the note that they are initialised are taken as such: no training saves them otherwise.
     """
-    state_dict = state_dict.get("params", state_dict)
-    renames = [
-        (r"^first_conv\.", "conv_first."),
-        (r"^last_conv\.", "conv_last."),
-        (r"^mid_convs\.(\d+)\.", r"blocks.\1.conv."),
-        (r"^upconv1?\.", "upsample.0."),
-        (r"^upconv2\.", "upsample.3."),
-        (r"^blocks\.(\d+)\.0\.means$", r"blocks.\1.centres"),
-        (r"^blocks\.(\d+)\.0\.initted$", r"blocks.\1.initialised"),
-        (r"^blocks\.(\d+)\.0\.", r"blocks.\1.aggregation."),
-        (r"^blocks\.(\d+)\.1\.layer\.0\.", r"blocks.\1.local."),
-        (r"^blocks\.(\d+)\.1\.layer\.1\.", r"blocks.\1.local.mlp."),
-        (r"\.irca_attn\.to_", ".centre_kv."),
-        (r"\.iasa_attn\.to_", ".qkv."),
-        (r"\.local\.fn\.to_", ".local.qkv."),
-        (r"\.iasa_attn\.proj\.", ".proj."),
-        (r"\.conv1x1\.", ".out."),
-        (r"\.fn\.", "."),
-        (r"\.dwconv\.depthwise_conv\.0\.", ".dwconv."),
-    ]
     out = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
+    for name, value in official.items():
+        name = _TWO_STEPS.to_ours(_ONE_STEP.to_ours(name))
         out[name] = value.flatten(1) if name.endswith(".out.weight") else value
-    for i in range(len(model.blocks)):
-        if f"blocks.{i}.centres" in out:
-            out.setdefault(f"blocks.{i}.initialised", torch.tensor(True))
+    for name in [name for name in out if name.endswith(".centres")]:
+        out.setdefault(name.replace(".centres", ".initialised"), torch.tensor(True))
     return out
+
+
+def _to_official(weights: Weights, model: CATANet) -> dict[str, Tensor]:
+    """Our weights in the authors' names."""
+    names = _TWO_STEPS if "upsample.3.weight" in weights else _ONE_STEP
+    return {
+        names.to_official(name): value[..., None, None] if name.endswith(".out.weight") else value
+        for name, value in weights.items()
+    }
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    dim, in_chans = ours["conv_first.weight"][:2]
+    count = ours.length("blocks")
+    out: dict[str, Any] = {
+        "in_chans": in_chans,
+        "upscale": upscale_of(ours),
+        "embed_dim": dim,
+        "qk_dim": ours["blocks.0.aggregation.qkv.q.weight"][0],
+        "mlp_dim": ours["blocks.0.aggregation.mlp.fc1.weight"][0],
+        "num_centres": tuple(ours[f"blocks.{i}.centres"][0] for i in range(count)),
+    }
+    if count != 8:
+        # The published sizes, which repeat every four blocks.
+        out["patch_sizes"] = tuple(islice(cycle((16, 20, 24, 28)), count))
+        out["group_sizes"] = tuple(islice(cycle((256, 128, 64, 32)), count))
+    return out
+
+
+LAYOUTS = (
+    Layout(
+        "catanet",
+        CATANet,
+        (r"\.aggregation\.centre_kv\.", r"\.centres$"),
+        _to_ours,
+        _arguments,
+        _to_official,
+        wrapper="params",
+        unlearned=("num_heads", "patch_sizes", "group_sizes"),
+    ),
+)
+checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(upscale: int, results: str) -> dict[str, Any]:

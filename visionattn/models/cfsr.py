@@ -6,6 +6,7 @@ https://arxiv.org/abs/2401.05633. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ._layout import Layout, Names, Shapes, Weights, unwrap
 from ._restoration import DIV2K_MEAN, RestorationInfo, RestorationTask, build_restoration
 
 __all__ = ["CFSR"]
@@ -307,26 +309,80 @@ class CFSR(nn.Module):
         return y / self.img_range + self.mean
 
 
+_NAMES = Names((".attn.a.2.lkb_reparam.", ".attn.dwconv."), (".attn.a.0.", ".attn.a."))
+_SHUFFLED = Names(("^upsample.0.", "^conv_last."))
+
+
+def _to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights in our names, in the form that they have; the edge operators are constants."""
+    out = {}
+    for name, value in official.items():
+        if ".mlp.mask_" not in name:
+            name = _SHUFFLED.to_ours(_NAMES.to_ours(name))
+            pointwise = name.endswith(".weight") and value.ndim == 4 and value.shape[2:] == (1, 1)
+            out[name] = value.flatten(1) if pointwise else value
+    first = f"scale_{_EDGES[0]}"
+    for mlp in [name.removesuffix(first) for name in out if name.endswith(f".mlp.{first}")]:
+        scales = [out.pop(f"{mlp}scale_{edge}").flatten() for edge in _EDGES]
+        biases = [out.pop(f"{mlp}{edge}_bias") for edge in _EDGES]
+        out[f"{mlp}pos.edge_scale"] = torch.stack(scales, 1)
+        out[f"{mlp}pos.edge_bias"] = torch.stack(biases, 1)
+    return out
+
+
+def _to_official(weights: Weights, model: CFSR) -> dict[str, Tensor]:
+    """Our weights in the authors' names, the training form with the edge operators that their code stores."""
+    out = {}
+    for name, value in weights.items():
+        mlp, _, leaf = name.rpartition("pos.")
+        if leaf == "edge_scale":
+            for edge, scale, mask in zip(_EDGES, value.unbind(1), value.new_tensor(_EDGE_MASKS)):
+                out[f"{mlp}scale_{edge}"] = scale[:, None, None, None]
+                out[f"{mlp}mask_{edge}"] = mask.expand(len(scale), 1, 3, 3)
+        elif leaf == "edge_bias":
+            out |= {f"{mlp}{edge}_bias": bias for edge, bias in zip(_EDGES, value.unbind(1))}
+        else:
+            pointwise = name.endswith(".weight") and value.ndim == 2
+            name = _NAMES.to_official(name)
+            name = _SHUFFLED.to_official(name) if model.info.upscale > 1 else name
+            out[name] = value[..., None, None] if pointwise else value
+    return out
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    dim, in_chans = ours["conv_first.weight"][:2]
+    return {
+        "in_chans": in_chans,
+        "upscale": math.isqrt(ours["conv_last.weight"][0] // in_chans),
+        "embed_dim": dim,
+        "depths": ours.lengths("layers", "blocks"),
+        "kernel_size": ours["layers.0.blocks.0.attn.dwconv.weight"][-1],
+        "mlp_ratio": ours["layers.0.blocks.0.mlp.fc1.weight"][0] / dim,
+        "fused": ours.first(r"\.pos\.edge_scale$") is None,
+    }
+
+
+LAYOUTS = (
+    Layout(
+        "cfsr",
+        CFSR,
+        (r"\.layer_scale_1$", r"\.attn\.dwconv\.", r"\.mlp\.pos\."),
+        _to_ours,
+        _arguments,
+        _to_official,
+        wrapper="params",
+        unlearned=("img_range", "task"),
+    ),
+)
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: CFSR) -> dict[str, Tensor]:
     """Rename the official parameters to ours; our own names pass unchanged.
 
     The edge detectors of a training form are merged for a model in merged form. In the other direction they
     are set to zero, which leaves the function as it is and lets them be trained on.
     """
-    state_dict = state_dict.get("params", state_dict)
-    out = {}
-    for name, value in state_dict.items():
-        if ".mlp.mask_" in name:
-            continue
-        for official, ours in (
-            (".attn.a.0.", ".attn.a."),
-            (".attn.a.2.lkb_reparam.", ".attn.dwconv."),
-            ("upsample.0.", "conv_last."),
-        ):
-            name = name.replace(official, ours)
-        pointwise = name.endswith(".weight") and value.ndim == 4 and value.shape[2:] == (1, 1)
-        out[name] = value.flatten(1) if pointwise else value
-
+    out = _to_ours(unwrap(state_dict)[0])
     fused = not any(isinstance(module, EdgeConv) for module in model.modules())
     for mlp in [name.removesuffix("pos.weight") for name in out if name.endswith(".mlp.pos.weight")]:
         _convert_edges(out, mlp, fused)
@@ -334,12 +390,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: CFSR) -> dict[str, T
 
 
 def _convert_edges(state: dict[str, Tensor], mlp: str, fused: bool) -> None:
-    """Bring the edge detectors of one feed-forward network in `state` to our names and the model's form."""
-    if f"{mlp}scale_{_EDGES[0]}" in state:
-        scales = [state.pop(f"{mlp}scale_{edge}").flatten() for edge in _EDGES]
-        biases = [state.pop(f"{mlp}{edge}_bias") for edge in _EDGES]
-        state[f"{mlp}pos.edge_scale"] = torch.stack(scales, 1)
-        state[f"{mlp}pos.edge_bias"] = torch.stack(biases, 1)
+    """Bring the edge detectors of one feed-forward network in `state` to the model's form."""
     weight, bias = state[f"{mlp}pos.weight"], state[f"{mlp}pos.bias"]
     if fused and f"{mlp}pos.edge_scale" in state:
         edges = state.pop(f"{mlp}pos.edge_scale"), state.pop(f"{mlp}pos.edge_bias")

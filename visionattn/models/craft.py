@@ -7,6 +7,7 @@ https://github.com/AVC2-UESTC/CRAFT-SR (Apache-2.0).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from ..kernels.precision import at_least_float32, without_autocast
 from ..layers.maps import mirror_index, on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
+from ._layout import Layout, Names, Shapes, Weights, converter, window_index, window_of, window_offsets
 from ._restoration import (
     DIV2K_MEAN,
     RestorationInfo,
@@ -326,41 +328,79 @@ def _init_weights(module: nn.Module) -> None:
                     nn.init.zeros_(layer.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: CRAFT) -> dict[str, Tensor]:
-    """Rename the official parameters to ours; our own names pass unchanged.
+# Pairs of window blocks stand inside the block that fuses them; nobody has more than 32 of these in a group.
+_NAMES = Names(
+    *(
+        (f"^layers.#.residual_group.srwa_blocks.{2 * i + j}.", f"^layers.#.blocks.{i}.low.{j}.")
+        for i in range(32)
+        for j in range(2)
+    ),
+    ("^layers.#.residual_group.hfer_blocks.#.", "^layers.#.blocks.#.high."),
+    ("^layers.#.residual_group.hf_blocks.#.", "^layers.#.blocks.#.fuse."),
+    ("^norm.body.", "^norm."),
+    (".low.#.get_v.", ".low.#.attn.lepe."),
+    (".low.#.attns.#.pos.", ".low.#.attn.position_bias.#."),
+    (".low.#.qkv.", ".low.#.attn.qkv."),
+    (".low.#.proj.", ".low.#.attn.proj."),
+    (".fuse.norm#.body.", ".fuse.norm#."),
+    (".fuse.attn.project_out.", ".fuse.attn.proj."),
+    (".fuse.ffn.project_in.", ".fuse.mlp.fc1."),
+    (".fuse.ffn.dwconv.", ".fuse.mlp.dwconv."),
+    (".fuse.ffn.project_out.", ".fuse.mlp.fc2."),
+)
+# Linear layers that are 1x1 convolutions in the official code.
+_POINTWISE = re.compile(r"\.(?:fuse\.(?:attn\.(?:q|kv|proj)|mlp\.fc[12])|high\.(?:fc|last_fc))\.weight$")
 
-    Window blocks stand in pairs inside the block that fuses them; 1x1 convolutions are linear layers; stored
-    offsets and indices are left out, because they are functions of sizes.
-    """
-    for wrapper in ("params_ema", "params"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    renames = [
-        (r"\.residual_group\.hfer_blocks\.(\d+)\.", r".blocks.\1.high."),
-        (r"\.residual_group\.hf_blocks\.(\d+)\.", r".blocks.\1.fuse."),
-        (r"\.get_v\.", ".attn.lepe."),
-        (r"\.attns\.(\d)\.pos\.", r".attn.position_bias.\1."),
-        (r"\.low\.(\d)\.(qkv|proj)\.", r".low.\1.attn.\2."),
-        (r"(norm\d?)\.body\.", r"\1."),
-        (r"\.attn\.project_out\.", ".attn.proj."),
-        (r"\.ffn\.project_in\.", ".mlp.fc1."),
-        (r"\.ffn\.dwconv\.", ".mlp.dwconv."),
-        (r"\.ffn\.project_out\.", ".mlp.fc2."),
-    ]
-    linears = re.compile(r"\.(?:fuse\.attn\.(?:q|kv|proj)|mlp\.fc[12]|high\.(?:fc|last_fc))\.weight$")
+
+def _to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights in our names, without stored offsets and indices."""
+    kept = {n: v for n, v in official.items() if not n.startswith(("relative_position_index_", "biases_"))}
+    out = {_NAMES.to_ours(name): value for name, value in kept.items()}
+    return {name: value.flatten(1) if _POINTWISE.search(name) else value for name, value in out.items()}
+
+
+def _to_official(weights: Weights, model: CRAFT) -> dict[str, Tensor]:
+    """Our weights in the authors' names, with the offsets and indices that their code stores."""
     out = {}
-    for name, value in state_dict.items():
-        if name.startswith(("relative_position_index_", "biases_")):
-            continue
-        name = re.sub(r"\.residual_group\.srwa_blocks\.(\d+)\.", _window_block, name)
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        out[name] = value.flatten(1) if linears.search(name) else value
+    for name, value in weights.items():
+        out[_NAMES.to_official(name)] = value[..., None, None] if _POINTWISE.search(name) else value
+    attn = next(module for module in model.modules() if isinstance(module, RectangleWindowAttention))
+    for direction, window in zip("hv", attn.windows):
+        out[f"relative_position_index_{direction}"] = window_index(window)
+        out[f"biases_{direction}"] = window_offsets(window)
     return out
 
 
-def _window_block(match: re.Match[str]) -> str:
-    block, place = divmod(int(match[1]), 2)
-    return f".blocks.{block}.low.{place}."
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    dim, in_chans = ours["conv_first.weight"][:2]
+    out = {
+        "in_chans": in_chans,
+        "upscale": math.isqrt(ours["upsample.0.weight"][0] // in_chans),
+        "embed_dim": dim,
+        "depths": ours.lengths("layers", "blocks"),
+        "num_heads": ours["layers.0.blocks.0.fuse.attn.temperature"][0],
+        "mlp_ratio": ours["layers.0.blocks.0.low.0.mlp.fc1.weight"][0] / dim,
+        "qkv_bias": "layers.0.blocks.0.low.0.attn.qkv.bias" in ours,
+    }
+    index, offsets = official.get("relative_position_index_h"), official.get("biases_h")
+    if index and offsets and (window := window_of(index[0], offsets[0])):
+        out["split_size"] = window
+    return out
+
+
+LAYOUTS = (
+    Layout(
+        "craft",
+        CRAFT,
+        (r"\.fuse\.attn\.temperature$", r"\.low\.0\.", r"\.high\."),
+        _to_ours,
+        _arguments,
+        _to_official,
+        wrapper="params",
+        unlearned=("split_size", "img_range", "pad"),
+    ),
+)
+checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(results: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..kernels import overlapping_window_attention, window_attention
+from ._layout import Layout, Names, Shapes, Weights, converter, window_index
 from ._restoration import (
     DIV2K_MEAN,
     RestorationInfo,
@@ -24,6 +25,7 @@ from ._restoration import (
     build_restoration,
     pad_to_multiple,
     upsampler,
+    upscale_of,
 )
 from ._shared import drop_path_rates
 
@@ -343,46 +345,102 @@ def _init_weights(module: nn.Module) -> None:
         trunc_normal_(module.relative_position_bias_table, std=0.02)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: HAT) -> dict[str, Tensor]:
-    """Rename the official parameters to ours; our own names pass unchanged.
+_NAMES = Names(
+    ("^patch_embed.norm.", "^embed_norm."),
+    ("^layers.#.residual_group.blocks.#.", "^layers.#.blocks.#."),
+    ("^layers.#.residual_group.overlap_attn.", "^layers.#.overlap_attn."),
+    (".conv_block.cab.0.", ".channel_attn.conv1."),
+    (".conv_block.cab.2.", ".channel_attn.conv2."),
+    (".conv_block.cab.3.attention.", ".channel_attn.gate."),
+    (".overlap_attn.qkv.", ".overlap_attn.attn.qkv."),
+    (".overlap_attn.proj.", ".overlap_attn.attn.proj."),
+    (".overlap_attn.relative", ".overlap_attn.attn.relative"),
+)
+
+
+def _to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights in our names.
 
     Bias tables become `[heads, rows, columns]`, key minus query. The official window tables are query minus
     key; the official overlapping tables are indexed with an offset that makes some indices negative, so that
     they wrap round the end of the table.
     """
-    for wrapper in ("params_ema", "params"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    renames = (
-        ("patch_embed.norm.", "embed_norm."),
-        (".residual_group.", "."),
-        (".conv_block.cab.0.", ".channel_attn.conv1."),
-        (".conv_block.cab.2.", ".channel_attn.conv2."),
-        (".conv_block.cab.3.attention.", ".channel_attn.gate."),
-        (".overlap_attn.qkv.", ".overlap_attn.attn.qkv."),
-        (".overlap_attn.proj.", ".overlap_attn.attn.proj."),
-        (".overlap_attn.relative", ".overlap_attn.attn.relative"),
-    )
-    out = {}
-    for name, value in state_dict.items():
-        if name.startswith("relative_position_index"):
-            continue
-        for official, ours in renames:
-            name = name.replace(official, ours)
-        if name.endswith("relative_position_bias_table") and value.ndim == 2:
-            value = _bias_table(value, model.window_size, overlapping=".overlap_attn." in name)
-        out[name] = value
+    out = {_NAMES.to_ours(name): value for name, value in official.items() if "position_index" not in name}
+    for name, table in out.items():
+        if name.endswith("relative_position_bias_table") and table.ndim == 2:
+            table = table.unflatten(0, (round(table.shape[0] ** 0.5), -1)).permute(2, 0, 1)
+            if ".overlap_attn." not in name:
+                out[name] = table.flip(1, 2)
+            else:
+                plain = out[name.replace("overlap_attn", "blocks.0")]
+                window = (round((plain.shape[0] if plain.ndim == 2 else plain[0].numel()) ** 0.5) + 1) // 2
+                out[name] = _rolled(table, window, 1)
     return out
 
 
-def _bias_table(table: Tensor, window: int, overlapping: bool) -> Tensor:
-    """`[rows * columns, heads]` of the official code as `[heads, rows, columns]`, key minus query."""
-    side = round(table.shape[0] ** 0.5)
-    if not overlapping:
-        return table.unflatten(0, (side, side)).permute(2, 0, 1).flip(1, 2)
-    # The official index adds window - key_window + 1 to each offset where window - 1 would make it natural.
-    key_window = side + 1 - window
-    natural = table.roll((key_window - 2) * (side + 1), 0)
-    return natural.unflatten(0, (side, side)).permute(2, 0, 1)
+def _rolled(table: Tensor, window: int, direction: int) -> Tensor:
+    """An overlapping table `[heads, rows, columns]` with the official order of entries undone, or done again.
+
+    The official index adds window - key_window + 1 to each offset where window - 1 would make it natural.
+    """
+    side = table.shape[-1]
+    steps = (side - window - 1) * (side + 1)
+    return table.flatten(1).roll(direction * steps, 1).view_as(table)
+
+
+def _to_official(weights: Weights, model: HAT) -> dict[str, Tensor]:
+    """Our weights in the authors' names, with the two indices that their code stores."""
+    window = model.window_size
+    overlap = max(m.overlap for m in model.modules() if isinstance(m, WindowAttention))
+    key_window = window + 2 * overlap
+    # Key minus query, counted from an offset that makes some entries negative, see _rolled.
+    overlapping = window_index((key_window, key_window), (window, window)).T
+    overlapping = overlapping - (key_window - 2) * (key_window + window)
+    out = {
+        "relative_position_index_SA": window_index((window, window)),
+        "relative_position_index_OCA": overlapping.contiguous(),
+    }
+    for name, value in weights.items():
+        if name.endswith("relative_position_bias_table"):
+            value = _rolled(value, window, -1) if ".overlap_attn." in name else value.flip(1, 2)
+            value = value.flatten(1).T
+        out[_NAMES.to_official(name)] = value
+    return out
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    dim, in_chans = ours["conv_first.weight"][:2]
+    heads, side, _ = ours["layers.0.blocks.0.attn.relative_position_bias_table"]
+    window = (side + 1) // 2
+    overlap = (ours["layers.0.overlap_attn.attn.relative_position_bias_table"][1] + 1) // 2 - window
+    return {
+        "in_chans": in_chans,
+        "upscale": upscale_of(ours),
+        "embed_dim": dim,
+        "depths": ours.lengths("layers", "blocks"),
+        "num_heads": heads,
+        "window_size": window,
+        "compress_ratio": dim // ours["layers.0.blocks.0.channel_attn.conv1.weight"][0],
+        "squeeze_factor": dim // ours["layers.0.blocks.0.channel_attn.gate.1.weight"][0],
+        "overlap_ratio": 2 * overlap / window,
+        "mlp_ratio": ours["layers.0.blocks.0.mlp.fc1.weight"][0] / dim,
+        "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in ours,
+    }
+
+
+LAYOUTS = (
+    Layout(
+        "hat",
+        HAT,
+        (r"^layers\.0\.overlap_attn\.", r"\.channel_attn\.gate\."),
+        _to_ours,
+        _arguments,
+        _to_official,
+        wrapper="params_ema",
+        unlearned=("conv_scale", "img_range", "task"),
+    ),
+)
+checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(url: str = "", psnr: str = "", **kwargs: Any) -> dict[str, Any]:

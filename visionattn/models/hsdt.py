@@ -6,7 +6,6 @@ https://arxiv.org/abs/2303.09040. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ._layout import Layout, Names, Shapes, Weights, converter
 from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
 
 __all__ = ["HSDT", "HSDTSSR"]
@@ -360,33 +360,70 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the official parameters to ours; our own names pass unchanged."""
-    state_dict = state_dict.get("net", state_dict)
-    renames = [
-        (r"^(encoder|decoder)\.layers\.", r"\1."),
-        (r"\.attn\.attn\.", ".attn."),
-        (r"\.attn\.ffn\.", ".mlp."),
-        (r"\.attn\.attn_proj\.", ".attn.queries."),
-        (r"\.attn\.value_proj\.", ".attn.v."),
-        (r"\.attn\.fc\.", ".attn.proj."),
-        (r"\.mlp\.w_1\.", ".mlp.fc1."),
-        (r"\.mlp\.w_2\.", ".mlp.fc2."),
-        (r"\.mlp\.w_3\.", ".mlp.gated."),
-        (r"\.dw_conv\.0\.", ".spatial1."),
-        (r"\.dw_conv\.2\.", ".spatial2."),
-        (r"\.pw_conv\.", ".spectral."),
-    ]
+_NAMES = Names(
+    ("^encoder.layers.#.", "^encoder.#."),
+    ("^decoder.layers.#.", "^decoder.#."),
+    (".attn.attn.attn_proj.", ".attn.queries."),
+    (".attn.attn.value_proj.", ".attn.v."),
+    (".attn.attn.fc.", ".attn.proj."),
+    (".attn.ffn.w_1.", ".mlp.fc1."),
+    (".attn.ffn.w_2.", ".mlp.fc2."),
+    (".attn.ffn.w_3.", ".mlp.gated."),
+    (".conv.dw_conv.0.", ".conv.spatial1."),
+    (".conv.dw_conv.2.", ".conv.spatial2."),
+    (".conv.pw_conv.", ".conv.spectral."),
+)
+
+
+def _to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights in our names; 3-D convolutions of one band, or of one pixel, become 2-D ones."""
     out = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
+    for name, value in official.items():
+        name = _NAMES.to_ours(name)
         if value.ndim == 5 and ".spatial" in name:
             value = value.squeeze(2)
         elif value.ndim == 5 and ".spectral" in name:
             value = value.squeeze(4)
         out[name] = value
     return out
+
+
+def _to_official(weights: Weights, model: nn.Module) -> dict[str, Tensor]:
+    """Our weights in the authors' names."""
+    out = {}
+    for name, value in weights.items():
+        value = value.unsqueeze(2) if ".spatial" in name else value
+        out[_NAMES.to_official(name)] = value.unsqueeze(4) if ".spectral" in name else value
+    return out
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    depth = ours.length("encoder")
+    return {
+        "in_chans": ours["head.attn.queries.weight"][0],
+        "embed_dim": ours["head.conv.spatial1.weight"][0],
+        "depth": depth,
+        "downsample": tuple(i for i in range(depth) if f"encoder.{i}.conv.weight" in ours),
+        "noise_map": ours["head.conv.spatial1.weight"][1] == 2,
+    }
+
+
+def _arguments_ssr(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    arguments = _arguments(ours, official)
+    bands = arguments.pop("in_chans")
+    return {**arguments, "bands": bands, "in_chans": ours["proj.weight"][1]}
+
+
+_MARKS = (r"^head\.conv\.spectral\.", r"\.mlp\.gated\.")
+LAYOUTS = (
+    Layout(
+        *("hsdt", HSDTSSR, (*_MARKS, r"^proj\.weight$"), _to_ours, _arguments_ssr, _to_official),
+        wrapper="net",
+        unlearned=("query",),
+    ),
+    Layout("hsdt", HSDT, _MARKS, _to_ours, _arguments, _to_official, wrapper="net", unlearned=("query",)),
+)
+checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(notes: Sequence[str] = (), **kwargs: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..layers import InLineAttention2d
 from ._build import build_host, host_cfg
-from ._deit import DeiT
-from ._hosts import PVT, CSwin, Size, StreamBlock, Swin
+from ._deit import DeiT, deit_arguments, deit_layout
+from ._hosts import PVT, CSwin, Size, StreamBlock, Swin, host_arguments, host_layouts
 
 __all__: list[str] = []
 
@@ -65,6 +65,20 @@ def _attention_cswin(dim: int, num_heads: int, *, stage: int, size: Size, **dd: 
 def _create(host: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     kwargs.setdefault("attention", _attention)
     return build_host(host, variant, pretrained, **kwargs)
+
+
+def _heads(shape: tuple[int, ...]) -> int:
+    """Groups of the grouped convolution that predicts the local residual."""
+    return shape[0] // shape[1]
+
+
+_MARK = "attn.residual.0.weight"
+LAYOUTS = (
+    *host_layouts(
+        "inline_attention", lambda ours, official: host_arguments(ours, _MARK, _heads), _MARK, ("img_size",)
+    ),
+    deit_layout("inline_attention", lambda ours, official: deit_arguments(ours, _MARK, _heads), _MARK, ()),
+)
 
 
 @register_model

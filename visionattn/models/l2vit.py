@@ -6,17 +6,17 @@ code and weights: https://github.com/ChuanyangZheng/L2ViT (MIT).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import LinearAttention2d, WindowAttention2d
 from ..layers.maps import fill_up, on_nhwc
+from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
 from ._pyramid import Block, Pyramid, Stage
 from ._shared import drop_path_rates
 
@@ -199,25 +199,48 @@ def _init_convolution(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: L2ViT) -> dict[str, Tensor]:
-    """Rename the official parameters to ours; our own names pass unchanged."""
-    for wrapper in ("model_ema", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    renames = [
-        (r"^downsample_layers\.0\.proj\.proj\.", "stem.proj."),
-        (r"^downsample_layers\.0\.", "stem."),
-        (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
-        (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-        (r"\.cpe\.(\d)\.proj\.", r".cpe.\1."),
-        (r"^norm(\d)\.", r"extra_norms.\1."),
-        (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    ]
-    out = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        out[name] = value
-    return out
+_NAMES = Names(
+    ("^downsample_layers.0.", "^stem."),
+    ("^stem.proj.proj.", "^stem.proj."),
+    ("^downsample_layers.#.", "^stages.#.downsample."),
+    ("^stages.#.#.", "^stages.#.blocks.#."),
+    (".cpe.#.proj.", ".cpe.#."),
+    ("^norm#.", "^extra_norms.#."),
+    *CLASSIFIER,
+)
+
+
+def _to_ours(official: Weights) -> dict[str, Tensor]:
+    return {_NAMES.to_ours(name): value for name, value in official.items()}
+
+
+def _to_official(weights: Weights, model: L2ViT) -> dict[str, Tensor]:
+    return {_NAMES.to_official(name): value for name, value in weights.items()}
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    depths = ours.lengths("stages", "blocks")
+    dims = tuple(ours[f"stages.{i}.blocks.0.norm1.weight"][0] for i in range(len(depths)))
+    return {
+        "in_chans": ours["stem.proj.0.weight"][1],
+        "num_classes": classes_of(ours),
+        "depths": depths,
+        "embed_dims": dims,
+        "num_heads": tuple(ours[f"stages.{i}.blocks.1.attn.temperature"][0] for i in range(len(depths))),
+        "mlp_ratio": ours["stages.0.blocks.0.mlp.fc1.weight"][0] / dims[0],
+        "extra_norms": "extra_norms.0.weight" in ours,
+    }
+
+
+LAYOUTS = (
+    Layout(
+        *("l2vit", L2ViT, (r"\.local_mp\.bn\.", r"\.attn\.temperature$")),
+        *(_to_ours, _arguments, _to_official),
+        wrapper="model",
+        unlearned=("window_size",),
+    ),
+)
+checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(file: str, top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -261,7 +284,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_l2vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L2ViT:
-    return build_model_with_cfg(
+    return build(
         L2ViT,
         variant,
         pretrained,

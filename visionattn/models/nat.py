@@ -7,7 +7,6 @@ https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d
 from ._backbone import Backbone, CheckpointedStage
+from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter, window_index
 from ._shared import drop_path_rates
 
 __all__ = ["NAT", "TASK_DILATIONS"]
@@ -284,30 +284,82 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: NAT) -> dict[str, Tensor]:
-    """Rename the official parameters to ours; our own names pass unchanged.
+# The official networks have a stage's downsampling at the end of the stage before; the isotropic ones have
+# one list of blocks.
+_RULES = (
+    ("^patch_embed.", "^stem."),
+    (".gamma1$", ".ls1.gamma$"),
+    (".gamma2$", ".ls2.gamma$"),
+    ("^norm#.", "^extra_norms.#."),
+    *CLASSIFIER,
+)
+_LEVELS, _LAYERS = (
+    Names(
+        *_RULES,
+        *((f"^{top}.{i}.downsample.", f"^stages.{i + 1}.downsample.") for i in range(8)),
+        (f"^{top}.#.blocks.", "^stages.#.blocks."),
+    )
+    for top in ("levels", "layers")
+)
+_ISOTROPIC_NAMES = Names(*_RULES, ("^layers.#.", "^stages.0.blocks.#."))
 
-    The official networks have a stage's downsampling at the end of the stage before. The isotropic ones have
-    one list of blocks, and their baseline with full attention stores an index buffer.
-    """
-    state_dict = state_dict.get("model", state_dict)
-    renames = [
-        (r"^patch_embed\.", "stem."),
-        (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-        (r"^layers\.(\d+)\.", r"stages.0.blocks.\1."),
-        (r"\.gamma([12])$", r".ls\1.gamma"),
-        (r"^norm(\d)\.", r"extra_norms.\1."),
-        (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    ]
+
+def _to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights in our names, without the index that the baseline with full attention stores."""
     out = {}
-    for name, value in state_dict.items():
-        if match := re.match(r"(?:levels|layers)\.(\d+)\.downsample\.(.*)", name):
-            name = f"stages.{int(match[1]) + 1}.downsample.{match[2]}"
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
+    for name, value in official.items():
+        for names in (_LEVELS, _LAYERS, _ISOTROPIC_NAMES):
+            name = names.to_ours(name)
         if not name.endswith("relative_position_index"):
             out[name] = value
     return out
+
+
+def _to_official(weights: Weights, model: NAT) -> dict[str, Tensor]:
+    """Our weights in the authors' names, with the index of the baseline with full attention."""
+    isotropic = len(model.stages) == 1
+    patches = isinstance(model.get_submodule("stem.proj"), nn.Conv2d)
+    names = _ISOTROPIC_NAMES if isotropic else _LAYERS if patches else _LEVELS
+    out = {names.to_official(name): value for name, value in weights.items()}
+    for path, attn in model.named_modules():
+        # Official neighborhoods are odd; the even ones are the whole map.
+        if isinstance(attn, NeighborhoodAttention2d) and attn.kernel_size % 2 == 0:
+            index = window_index((attn.kernel_size, attn.kernel_size)).flip(0, 1)
+            out[names.to_official(f"{path}.relative_position_index")] = index
+    return out
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    depths = ours.lengths("stages", "blocks")
+    tables = [ours[f"stages.{i}.blocks.0.attn.rpb"] for i in range(len(depths))]
+    dim = ours["stages.0.blocks.0.norm1.weight"][0]
+    stem = ours.get("stem.proj.weight")
+    return {
+        "in_chans": (stem or ours["stem.proj.0.weight"])[1],
+        "num_classes": classes_of(ours),
+        "embed_dim": dim,
+        "depths": depths,
+        "num_heads": tuple(table[0] for table in tables),
+        "kernel_size": (tables[0][1] + 1) // 2,
+        "mlp_ratio": ours["stages.0.blocks.0.mlp.fc1.weight"][0] / dim,
+        "patch_size": stem[-1] if stem else None,
+        "layer_scale": 1e-5 if "stages.0.blocks.0.ls1.gamma" in ours else None,
+        "extra_norms": "extra_norms.0.weight" in ours,
+    }
+
+
+LAYOUTS = (
+    Layout(
+        "nat",
+        NAT,
+        (r"^stages\.0\.blocks\.0\.attn\.rpb$",),
+        _to_ours,
+        _arguments,
+        _to_official,
+        unlearned=("dilations",),
+    ),
+)
+checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(file: str, top1: float | None, **kwargs: Any) -> dict[str, Any]:
@@ -377,7 +429,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
     stages = len(kwargs["depths"])
-    return build_model_with_cfg(
+    return build(
         NAT,
         variant,
         pretrained,

@@ -19,12 +19,24 @@ from torch import Tensor, nn
 from ..layers.maps import on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
+from ._layout import (
+    Layout,
+    Names,
+    Shapes,
+    Weights,
+    converter,
+    shift_mask,
+    window_index,
+    window_of,
+    window_offsets,
+)
 from ._restoration import (
     DIV2K_MEAN,
     RestorationInfo,
     build_restoration,
     super_resolution_cfg,
     upsampler,
+    upscale_of,
 )
 from ._shared import check_size
 
@@ -279,31 +291,79 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: RGT) -> dict[str, Tensor]:
-    """Rename the official parameters to ours; our own names pass unchanged.
+_NAMES = Names(
+    ("^before_RG.1.", "^embed_norm."),
+    (".attn.get_v.", ".attn.lepe."),
+    (".attn.attns.#.pos.", ".attn.position_bias.#."),
+    (".attn.reduction1.", ".attn.reduction."),
+    (".attn.norm_act.0.", ".attn.norm."),
+    (".mlp.sg.norm.", ".mlp.norm."),
+    (".mlp.sg.conv.", ".mlp.conv."),
+)
+_BUFFERS = ("rpe_biases", "relative_position_index", "attn_mask_0", "attn_mask_1")
+# The map for which the authors' code stores masks: their training patch.
+_MASKED_SIDE = 64
 
-    Stored offsets, indices and masks are left out: they are functions of sizes.
-    """
-    state_dict = state_dict.get("params", state_dict)
-    renames = (
-        ("before_RG.1.", "embed_norm."),
-        (".attn.get_v.", ".attn.lepe."),
-        (".pos.", "."),
-        (".attn.attns.", ".attn.position_bias."),
-        (".attn.reduction1.", ".attn.reduction."),
-        (".attn.norm_act.0.", ".attn.norm."),
-        (".mlp.sg.", ".mlp."),
-    )
-    buffers = ("rpe_biases", "relative_position_index", "attn_mask_0", "attn_mask_1")
+
+def _to_ours(official: Weights) -> dict[str, Tensor]:
+    """The authors' weights in our names, without stored offsets, indices and masks."""
+    out = {_NAMES.to_ours(name): value for name, value in official.items() if not name.endswith(_BUFFERS)}
+    # The official 1x1 convolution.
+    return {name: t.flatten(1) if name.endswith(".attn.conv.weight") else t for name, t in out.items()}
+
+
+def _to_official(weights: Weights, model: RGT) -> dict[str, Tensor]:
+    """Our weights in the authors' names, with the offsets, indices and masks that their code stores."""
     out = {}
-    for name, value in state_dict.items():
-        if name.endswith(buffers):
+    for name, value in weights.items():
+        value = value[..., None, None] if name.endswith(".attn.conv.weight") else value
+        out[_NAMES.to_official(name)] = value
+    for path, attn in model.named_modules():
+        if not isinstance(attn, RectangleWindowAttention):
             continue
-        for official, ours in renames:
-            name = name.replace(official, ours)
-        # The official 1x1 convolution.
-        out[name] = value.flatten(1) if name.endswith(".attn.conv.weight") else value
+        for i, window in enumerate(attn.windows):
+            out[f"{path}.attns.{i}.rpe_biases"] = window_offsets(window)
+            out[f"{path}.attns.{i}.relative_position_index"] = window_index(window)
+            if attn.shifted:
+                side = -(-_MASKED_SIDE // max(window)) * max(window)
+                mask = shift_mask((side, side), window, (window[0] // 2, window[1] // 2))
+                out[f"{path}.attn_mask_{i}"] = mask
     return out
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    dim, in_chans = ours["conv_first.weight"][:2]
+    out: dict[str, Any] = {
+        "in_chans": in_chans,
+        "upscale": upscale_of(ours),
+        "embed_dim": dim,
+        "depths": ours.lengths("layers", "blocks"),
+        "num_heads": 2 * ours["layers.0.blocks.0.attn.position_bias.0.pos3.2.weight"][0],
+        "mlp_ratio": ours["layers.0.blocks.0.mlp.fc1.weight"][0] / dim,
+        "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in ours,
+    }
+    if reduced := ours.get("layers.0.blocks.1.attn.conv.weight"):
+        out["c_ratio"] = reduced[0] / dim
+    index = official.get("layers.0.blocks.0.attn.attns.0.relative_position_index")
+    offsets = official.get("layers.0.blocks.0.attn.attns.0.rpe_biases")
+    if index and offsets and (window := window_of(index[0], offsets[0])):
+        out["split_size"] = window
+    return out
+
+
+LAYOUTS = (
+    Layout(
+        "rgt",
+        RGT,
+        (r"^embed_norm\.", r"\.gamma$", r"\.attn\.position_bias\."),
+        _to_ours,
+        _arguments,
+        _to_official,
+        wrapper="params",
+        unlearned=("split_size", "img_range"),
+    ),
+)
+checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(results: str) -> dict[str, Any]:

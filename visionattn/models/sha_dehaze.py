@@ -17,6 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ._layout import Layout, Shapes
 from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
 
 __all__ = ["Dehazed", "PMNet"]
@@ -363,6 +364,27 @@ def _twice(x: Tensor) -> Tensor:
 def _instance_norm(x: Tensor) -> Tensor:
     """Instance norm without parameters; unlike `F.instance_norm` it takes maps of one pixel."""
     return F.layer_norm(x, x.shape[2:])
+
+
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+    return {
+        "in_chans": ours["shallow.down1.weight"][1],
+        "mid_dim": ours["shallow.down1.weight"][0],
+        "embed_dim": ours["shallow.down2.weight"][0],
+        "deep_dim": ours["deep.conv_in.weight"][0],
+        "depth": ours.length("shallow.blocks"),
+        "deep_depth": ours.length("deep.blocks"),
+        "density_dim": ours["density.conv1.weight"][0],
+    }
+
+
+# There is no other layout than ours.
+LAYOUTS = (
+    Layout(
+        *("pmnet", PMNet, (r"^shallow\.blocks\.0\.cot\.", r"^density\."), dict, _arguments),
+        lambda weights, model: dict(weights),
+    ),
+)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -1,27 +1,23 @@
-"""Read, convert, load and save network weights.
-
-Every family's file in `models/` knows how the authors named its parameters (`checkpoint_filter_fn`); here
-stands what is common to all: reading without running code, unwrapping, and saying exactly what does not fit.
-"""
+"""Load weights into networks, saying exactly what does not fit, and save them."""
 
 from __future__ import annotations
 
 import os
-import pickle
+import shutil
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from timm.models._features import FeatureGetterNet
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-# Under which keys training code stores weights; averaged weights are what the authors evaluate.
-_WRAPPERS = ("params_ema", "model_ema", "state_dict_ema", "ema", "params", "model", "net", "state_dict")
+from .reading import CheckpointError, few, read_checkpoint, unwrap_state_dict
+
 # Under which names detectors and segmenters hold their backbone: our own, then the authors'.
 _BACKBONES = ("backbone.body.model.", "backbone.body.", "backbone.")
 
@@ -46,7 +42,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched}
-        return "; ".join(f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds.items() if names)
+        return "; ".join(f"{len(names)} {kind} ({few(names)})" for kind, names in kinds.items() if names)
 
 
 def load_checkpoint(
@@ -71,81 +67,71 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file that is damaged or would have to run code to be read, or weights that do not fit.
+        CheckpointError: a file that is damaged or would have to run code to be read, or weights that do not
+            fit.
     """
     network = unwrap_model(model)
     features_only = isinstance(network, FeatureGetterNet)
     network = network.model if features_only else network
     weights = unwrap_state_dict(source if isinstance(source, Mapping) else read_checkpoint(source))
-    weights = weights if hasattr(network, "backbone") else _backbone_of(weights)
-    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    weights = convert(weights, network) if convert else weights
-
+    weights = convert(weights if hasattr(network, "backbone") else _backbone_of(weights), network)
+    report = compare(network, weights, features_only)
+    where = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
+    if report and strict:
+        raise CheckpointError(f"{where} does not fit {type(network).__name__}: {report}")
+    warn_of_numbers(weights, where)
+    mismatched = {entry.partition(": ")[0] for entry in report.mismatched}
     own = network.state_dict()
-    weights = {
+    network.load_state_dict(
+        {n: v for n, v in weights.items() if n in own and n not in mismatched}, strict=False
+    )
+    return report
+
+
+def convert(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights in the layout and for the sizes of a network, by its family's `checkpoint_filter_fn`.
+
+    Raises:
+        CheckpointError: weights that the family's conversion cannot take.
+    """
+    filter_fn = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    try:
+        return filter_fn(dict(weights), network) if filter_fn else dict(weights)
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        # Conversions join and reshape parameters that every checkpoint of the family has.
+        name, reason = type(network).__name__, str(error).split("\n")[0] or repr(error)
+        raise CheckpointError(f"the weights do not fit {name}: converting them failed ({reason})") from error
+
+
+def compare(network: nn.Module, weights: Mapping[str, Tensor], features_only: bool = False) -> LoadReport:
+    """What of converted weights does not fit a network, apart from stored indices and parts that it lacks."""
+    own = network.state_dict()
+    kept = {
         name: value
         for name, value in weights.items()
         if name in own or not (_is_index(name, value) or _is_left_out(network, name, features_only))
     }
-    mismatched = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
-    has_extra_norms = any(name.startswith("extra_norms.") for name in weights)
-    missing = (name for name in own if name not in weights and not name.endswith("num_batches_tracked"))
-    report = LoadReport(
+    has_extra_norms = any(name.startswith("extra_norms.") for name in kept)
+    missing = (name for name in own if name not in kept and not name.endswith("num_batches_tracked"))
+    return LoadReport(
         missing=tuple(name for name in missing if has_extra_norms or not name.startswith("extra_norms.")),
-        unexpected=tuple(n for n in weights if n not in own),
+        unexpected=tuple(n for n in kept if n not in own),
         mismatched=tuple(
-            f"{n}: {tuple(weights[n].shape)}, {tuple(own[n].shape)}" for n in own if n in mismatched
+            f"{n}: {tuple(kept[n].shape)}, {tuple(own[n].shape)}"
+            for n in own
+            if n in kept and own[n].shape != kept[n].shape
         ),
     )
-    if report and strict:
-        where = "the state dict" if isinstance(source, Mapping) else f"{os.fspath(source)}"
-        raise ValueError(f"{where} does not fit {type(network).__name__}: {report}")
-    fitting = {name: value for name, value in weights.items() if name in own and name not in mismatched}
-    network.load_state_dict(fitting, strict=False)
-    return report
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, object]:
-    """The content of a `.safetensors` or PyTorch file on the CPU; never runs code from it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file that is damaged, is no checkpoint, or would have to run code to be read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged or holds more than weights; reading it could run code, so it is refused"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, UnicodeDecodeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is no readable checkpoint: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-    return dict(content)
-
-
-def unwrap_state_dict(content: Mapping[str, object]) -> dict[str, Tensor]:
-    """The weights inside what training code saves: the first known wrapper, averaged weights first.
-
-    Raises:
-        ValueError: no weights are found.
-    """
-    while wrapper := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None):
-        content = content[wrapper]  # pyright: ignore[reportAssignmentType]
-    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise ValueError(f"the checkpoint holds no weights; its entries are {_few(tuple(map(str, content)))}")
-    while all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights
+def warn_of_numbers(weights: Mapping[str, Tensor], where: str) -> None:
+    """Warn of weights that are infinite or not a number: a broken training, or a damaged file."""
+    broken = tuple(n for n, v in weights.items() if v.is_floating_point() and not v.isfinite().all())
+    if broken:
+        warnings.warn(
+            f"{where} holds numbers that are not finite, in {len(broken)} weights ({few(broken)})",
+            stacklevel=3,
+        )
 
 
 def save_checkpoint(
@@ -162,18 +148,34 @@ def save_checkpoint(
         metadata: short texts to keep with the weights.
         weights: what to save in place of the state dict, for a model whose weights are sharded.
     """
+    state = unwrap_model(model).state_dict() if weights is None else weights
+    # Clones, because safetensors refuses tensors that share memory (tied weights).
+    write_weights({n: v.detach().cpu().contiguous().clone() for n, v in state.items()}, path, metadata)
+
+
+def write_weights(
+    weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors that share no memory as safetensors; an existing file is replaced only by a whole one."""
+    with whole(path) as beside:
+        # Not save_file, whose files only their owner can read.
+        beside.write_bytes(save(dict(weights), {"format": "pt", **(metadata or {})}))
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` to write to; it takes its place when the block ends, and is gone if it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    # Clones, because safetensors refuses tensors that share memory (tied weights).
-    state = unwrap_model(model).state_dict() if weights is None else weights
-    whole = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     try:
-        # Not save_file, whose files only their owner can read.
-        beside.write_bytes(save(whole, {"format": "pt", **(metadata or {})}))
+        yield beside
         os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink(missing_ok=True)
 
 
 def _backbone_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,8 +199,3 @@ def _is_left_out(network: nn.Module, name: str, features_only: bool) -> bool:
             return isinstance(module, nn.Identity) or (cut_off and features_only)
         module = child
     return isinstance(module, nn.Identity)
-
-
-def _few(names: tuple[str, ...], limit: int = 4) -> str:
-    shown = ", ".join(names[:limit])
-    return f"{shown}, ... {len(names) - limit} more" if len(names) > limit else shown

@@ -1,0 +1,268 @@
+"""Say which registered network, with which arguments, a checkpoint belongs to: from its shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+import visionattn.models
+from visionattn.models._layout import Layout, Shapes, Variant
+
+from .loading import LoadReport, compare, convert, load_checkpoint
+from .reading import CheckpointError, few, read_checkpoint, read_metadata, unwrap_with_path
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+# Of a detector's or segmenter's weights, those of its backbone.
+_BACKBONE = "backbone."
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint is.
+
+    Attributes:
+        name: the registered network that is nearest.
+        arguments: what `timm.create_model` needs beside the name; empty for a network as published.
+        family: the family.
+        wrapper: keys on the way to the weights in the file, joined by dots; "" for a bare state dict.
+        official: whether the weights have the authors' names and shapes, and not ours.
+        alternatives: other networks that the weights fit as well, because they differ in what is not learned.
+        notes: what was assumed, and how the alternatives differ, one sentence each.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    family: str
+    wrapper: str = ""
+    official: bool = True
+    alternatives: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        arguments = "".join(f", {name}={value!r}" for name, value in self.arguments.items())
+        layout = "in the authors' layout" if self.official else "in our layout"
+        place = f", under {self.wrapper!r}" if self.wrapper else ""
+        lines = [f'timm.create_model("{self.name}"{arguments})', f"weights {layout}{place}", *self.notes]
+        return "\n".join(lines)
+
+
+def identify(source: Source) -> Identity:
+    """Which network a checkpoint belongs to, with the arguments that make its weights fit strictly.
+
+    Every family deduces its arguments from shapes, so that networks of other widths, depths, enlargements
+    and channels than the published ones are recognised. What no weight tells is taken from the metadata of
+    our own files, else from the nearest published network; where two of these have the same weights, the
+    file's name decides, if it can.
+
+    Args:
+        source: a `.safetensors` or PyTorch file of the authors or of ours, or its content.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: a file that cannot be read safely, or weights of a network that is not in the zoo.
+    """
+    if isinstance(source, Mapping):
+        return _identify(source, "", {})
+    return _identify(read_checkpoint(source), Path(source).stem, read_metadata(source))
+
+
+def load_network(source: Source, **kwargs: Any) -> tuple[nn.Module, Identity]:
+    """The network that a checkpoint belongs to, with its weights, in evaluation mode.
+
+    Args:
+        source: as `identify` takes it.
+        kwargs: further arguments of `timm.create_model`; they win over those of the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: as `identify` raises it.
+    """
+    identity = identify(source)
+    network = timm.create_model(identity.name, **{**identity.arguments, **kwargs})
+    load_checkpoint(network, backbone_of(source if isinstance(source, Mapping) else read_checkpoint(source)))
+    return network.eval(), identity
+
+
+def backbone_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights inside a checkpoint; of a detector or segmenter, those of its backbone.
+
+    Raises:
+        CheckpointError: no weights are found.
+    """
+    weights, _ = unwrap_with_path(content)
+    inner = {n.removeprefix(_BACKBONE): v for n, v in weights.items() if n.startswith(_BACKBONE)}
+    return inner or weights
+
+
+def layout_of(network: nn.Module) -> Layout:
+    """The layouts of the weights of a network of the zoo.
+
+    Raises:
+        CheckpointError: a network of another library.
+    """
+    name = getattr(network, "pretrained_cfg", {}).get("architecture")
+    for layout in _modules():
+        if type(network) is layout.model_cls and name in [variant.name for variant in _variants(layout)]:
+            return layout
+    raise CheckpointError(f"{type(network).__name__} is no network of visionattn.models")
+
+
+def _identify(content: Mapping[str, Any], file: str, metadata: Mapping[str, str]) -> Identity:
+    everything, wrapper = unwrap_with_path(content)
+    weights = {name: value.to("meta") for name, value in backbone_of(content).items()}
+    refused: list[tuple[int, str]] = []
+    for layout in _modules():
+        told = _told(layout, weights)
+        if told is None:
+            continue
+        ours, arguments = told
+        identity = _choose(layout, arguments, file, metadata)
+        report = _fit(identity, weights)
+        if report and not arguments.get("num_classes", 1):
+            # Backbones of the authors' detectors have neither a classifier nor the norm before it.
+            rest = {name: value for name, value in identity.arguments.items() if name != "num_classes"}
+            dense = replace(identity, arguments={**rest, "features_only": True})
+            identity, report = (identity, report) if (worse := _fit(dense, weights)) else (dense, worse)
+        if report:
+            refused.append((len(str(report)), f"it resembles {identity.name}, but {report}"))
+            continue
+        official = ours.keys() != weights.keys() or any(ours[n].shape != weights[n].shape for n in ours)
+        notes = identity.notes
+        if len(weights) < len(everything):
+            left = len(everything) - len(weights)
+            notes = (f"the weights of the backbone in it; {left} others are left out", *notes)
+        return replace(identity, wrapper=wrapper, official=official, notes=notes)
+    reason = min(refused)[1] if refused else f"its weights are {few(tuple(weights))}"
+    raise CheckpointError(f"the checkpoint belongs to no network of this library: {reason}")
+
+
+def _told(layout: Layout, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The weights in our layout and what they tell of the arguments; None if they are of another class."""
+    try:
+        ours = layout.to_ours(weights)
+        shapes = Shapes(ours)
+        if not all(shapes.first(mark) for mark in layout.marks):
+            return None
+        return ours, layout.arguments(shapes, Shapes(weights))
+    except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError):
+        # Names of one family with shapes of none.
+        return None
+
+
+def _choose(layout: Layout, told: dict[str, Any], file: str, metadata: Mapping[str, str]) -> Identity:
+    """The nearest variant, what differs from it, and the other variants that are as near and not the same."""
+    told = {**told, **_stated(layout, metadata)}
+    differing = {
+        variant: {n: v for n, v in told.items() if _plain(variant.arguments.get(n)) != _plain(v)}
+        for variant in _variants(layout)
+    }
+    nearest = min(map(len, differing.values()))
+    near = [variant for variant, arguments in differing.items() if len(arguments) == nearest]
+    named, how = _named(near, file, metadata)
+    chosen = named or near[0]
+    settings = _settings(chosen, told)
+    others = {repr(other): v for v in near if (other := _settings(v, told)) != settings}
+    notes = [
+        f"{other.name} has the same weights and differs in {_difference(other, chosen, told)}"
+        for other in others.values()
+    ]
+    if others and how == "the name of the file":
+        notes.insert(0, f"{chosen.name} was chosen by {how}")
+    assumed = {n: settings[n] for n in layout.unlearned if n in settings and n not in told}
+    if differing[chosen] and assumed:
+        shown = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
+        notes.append(f"no weight tells {shown}: as in {chosen.name}")
+    return Identity(
+        chosen.name,
+        differing[chosen],
+        layout.family,
+        alternatives=() if how == "the metadata" else tuple(v.name for v in others.values()),
+        notes=tuple(notes),
+    )
+
+
+def _stated(layout: Layout, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Of the arguments in the metadata, those that no weight tells: the others are not to be trusted."""
+    try:
+        arguments = json.loads(metadata.get("model_args", "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"the model_args in the metadata are no JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise CheckpointError("the model_args in the metadata are no JSON object")
+    return {name: _plain(value) for name, value in arguments.items() if name in layout.unlearned}
+
+
+def _named(near: list[Variant], file: str, metadata: Mapping[str, str]) -> tuple[Variant | None, str]:
+    """The variant that the metadata or the file's name means, the longest name if several fit; and which."""
+    for variant in near:
+        if variant.name == metadata.get("architecture"):
+            return variant, "the metadata"
+    found = [(len(name), variant) for variant in near for name in _file_names(variant) if _word(name, file)]
+    best = max(found, key=lambda pair: pair[0], default=None)
+    return (best[1], "the name of the file") if best else (None, "")
+
+
+def _file_names(variant: Variant) -> Iterator[str]:
+    """The registered name, and the names of the published files."""
+    yield variant.name
+    for tag in timm.list_pretrained(f"{variant.name}.*"):
+        cfg = timm.get_pretrained_cfg(tag)
+        if cfg and isinstance(cfg.url, str) and cfg.url.endswith(".pth"):
+            yield Path(cfg.url).stem
+
+
+def _word(name: str, text: str) -> bool:
+    return re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}(?![a-z0-9])", text.lower()) is not None
+
+
+def _settings(variant: Variant, told: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the network, what the weights tell in place of this variant's."""
+    return {name: _plain(value) for name, value in {**variant.arguments, **told}.items()}
+
+
+def _difference(variant: Variant, chosen: Variant, told: dict[str, Any]) -> str:
+    theirs, ours = _settings(variant, told), _settings(chosen, told)
+    return ", ".join(f"{n}={v!r} (not {ours.get(n)!r})" for n, v in theirs.items() if v != ours.get(n))
+
+
+def _plain(value: Any) -> Any:
+    """A value that compares by content: sequences as tuples."""
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _fit(identity: Identity, weights: Mapping[str, Tensor]) -> LoadReport | str:
+    """What does not fit the network; the reason why there is none."""
+    try:
+        network = timm.create_model(identity.name, **identity.arguments, device="meta")
+        features_only = isinstance(network, FeatureGetterNet)
+        network = network.model if features_only else network
+        return compare(network, convert(weights, network), features_only)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error).split("\n")[0]
+
+
+@lru_cache
+def _modules() -> dict[Layout, str]:
+    """The layouts of all families, each with the module that registers its networks."""
+    names = dict.fromkeys(timm.model_entrypoint(name).__module__ for name in timm.list_models())
+    modules = [sys.modules[name] for name in names if name.startswith(visionattn.models.__name__)]
+    return {layout: module.__name__ for module in modules for layout in module.LAYOUTS}
+
+
+@lru_cache
+def _variants(layout: Layout) -> tuple[Variant, ...]:
+    """The registered networks of a layout's class and family, the plainest names first."""
+    names = [n for n in timm.list_models() if timm.model_entrypoint(n).__module__ == _modules()[layout]]
+    found = [timm.model_entrypoint(name)(describe=True) for name in sorted(names, key=lambda n: (len(n), n))]
+    return tuple(variant for variant in found if variant.model_cls is layout.model_cls)
