@@ -93,12 +93,17 @@ def test_unknown_names(forced_by_environment):
         window_attention(Q, K, V, 3)
 
 
-def test_an_impossible_choice_says_why():
+def test_an_impossible_choice_says_why(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("visionattn.kernels.dispatch.find_spec", lambda name: object())
     with (
         use_backend("triton"),
-        pytest.raises(ValueError, match="local_attention cannot run on triton: it has no"),
+        pytest.raises(ValueError, match="local_attention cannot run on triton: the tensors are on cpu"),
     ):
         window_attention(Q, K, V, 3)
+    toy = Operator("toy", lambda query: query, lambda query: query)
+    with use_backend("triton"), pytest.raises(ValueError, match="toy cannot run on triton: it has no"):
+        choose(toy, Q)
 
 
 def test_choice_of_a_fused_implementation(monkeypatch: pytest.MonkeyPatch):

@@ -102,7 +102,21 @@ def query_kernel(
         key = load_rows(k + begin, offset, others.inside, HEAD_DIM, BLOCK_D)
         value = load_rows(v + begin, offset, others.inside, HEAD_DIM, BLOCK_D)
         key_part = part_of_keys(others.y, others.x, bias_columns)
-        logits = scores(query, key, own, others, bias, part, key_part, scale, MASK, STRIP, OTHERS, PRECISION)
+        logits = scores(
+            query,
+            key,
+            own,
+            others,
+            bias,
+            bias_entries - 1,
+            part,
+            key_part,
+            scale,
+            MASK,
+            STRIP,
+            OTHERS,
+            PRECISION,
+        )
         weights = tl.exp2(logits - norm[:, None])
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         grad_logits = weights * (grad_weights - drop[:, None])
@@ -168,7 +182,19 @@ def key_kernel(
         if bias is not None:
             query_part = part_of_queries(others.y, others.x, at, y, x, bias_columns, DENSE)
         logits = scores(
-            key, query, own, others, bias, part, query_part, scale, MASK, STRIP, OTHERS, PRECISION
+            key,
+            query,
+            own,
+            others,
+            bias,
+            bias_entries - 1,
+            part,
+            query_part,
+            scale,
+            MASK,
+            STRIP,
+            OTHERS,
+            PRECISION,
         )
         weights = tl.exp2(logits - norm[None, :])
         acc_v = tl.dot(weights.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
@@ -238,7 +264,21 @@ def window_kernel(
         if bias is not None:
             part = part_of_queries(own.y, own.x, at, y, x, bias_columns, DENSE)
         key_part = part_of_keys(others.y, others.x, bias_columns)
-        logits = scores(query, key, own, others, bias, part, key_part, scale, MASK, STRIP, OTHERS, PRECISION)
+        logits = scores(
+            query,
+            key,
+            own,
+            others,
+            bias,
+            bias_entries - 1,
+            part,
+            key_part,
+            scale,
+            MASK,
+            STRIP,
+            OTHERS,
+            PRECISION,
+        )
         weights = tl.exp2(logits - norm[:, None])
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         grad_logits = weights * (grad_weights - drop[:, None])
@@ -281,7 +321,7 @@ def backward(
     shared |= geometry(q, bias, pattern)
     of_queries = {"out": out, "grad_lse": grad_lse, "grad_q": grad_q}
     of_keys = {"grad_k": grad_k, "grad_v": grad_v}
-    pairs = pair_tiling(q, pattern, shared["DENSE"] and bias_gradient)
+    pairs = pair_tiling(q, bias, pattern, bias_gradient)
     if pairs.is_closed:
         partial = sum_pairs(window_kernel, pairs, bias_gradient, **shared, **of_queries, **of_keys)
     else:
@@ -295,8 +335,10 @@ def backward(
     return grad_q, grad_k, grad_v, grad_bias
 
 
-def _launch(kernel: Any, owner: Owner, pattern: Pattern, q: Tensor, **arguments: Any) -> None:
+def _launch(
+    kernel: Any, owner: Owner, pattern: Pattern, q: Tensor, bias: Tensor | None, **arguments: Any
+) -> None:
     """Run a kernel, a program for every tile of every head of every image."""
-    tiles, options = choose_tiling(q, pattern, owner)
+    tiles, options = choose_tiling(q, bias, pattern, owner)
     grid = (tiles.programs * q.shape[0] * q.shape[3],)
-    kernel[grid](q=q, y=tiles.y, x=tiles.x, **arguments, **options)
+    kernel[grid](q=q, bias=bias, y=tiles.y, x=tiles.x, **arguments, **options)

@@ -44,7 +44,7 @@ class PairTiling:
     Attributes:
         tiles: the tiling of the queries.
         options: constants and options for the kernels.
-        is_dense: whether the bias is dense, otherwise a table.
+        is_dense: whether the gradient is that of a dense bias, otherwise of a table.
         start: the first row and column of keys, from the beginning of a span or, if dense, of a run.
         chunks: tiles of keys from there on, in rows and columns.
     """
@@ -71,15 +71,23 @@ class PairTiling:
 
 
 def pair_tiling(
-    q: Tensor, pattern: Pattern, is_dense: bool, hip: bool = torch.version.hip is not None
+    q: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    add: bool,
+    hip: bool = torch.version.hip is not None,
 ) -> PairTiling:
-    """The tiling for the gradient of a bias."""
-    tiles, options = choose_tiling(q, pattern, "query", is_dense, hip)
+    """The tiling for the gradients of pairs, which are to be added up for that of the bias if `add`."""
+    is_dense = add and bias is not None and bias.shape[1:] != pattern.table_shape
+    tiles, options = choose_tiling(q, bias, pattern, "query", is_dense, hip)
     start, stop = tiles.start, tiles.stop
     if is_dense:
         start, stop = (0, 0), (pattern.y.key_window, pattern.x.key_window)
     sizes = tiles.others // tiles.strip, tiles.strip
     del options["SINGLE"], options["ZERO"]
+    if tiles.closed and tiles.own == 64:
+        # Five products at once, and their sums where there is a bias, fill the registers.
+        options |= {"num_warps": 4 if bias is None else 8, "num_stages": 1}
     chunks = tuple(-(-(high - low) // size) for low, high, size in zip(start, stop, sizes))
     return PairTiling(tiles, options, is_dense, start, (chunks[0], chunks[1]))
 
@@ -158,7 +166,19 @@ def bias_kernel(
             part = part_of_queries(own.y, own.x, at, y, x, bias_columns, DENSE)
             key_part = part_of_keys(others.y, others.x, bias_columns)
             logits = scores(
-                query, key, own, others, bias, part, key_part, scale, MASK, STRIP, OTHERS, PRECISION
+                query,
+                key,
+                own,
+                others,
+                bias,
+                bias_entries - 1,
+                part,
+                key_part,
+                scale,
+                MASK,
+                STRIP,
+                OTHERS,
+                PRECISION,
             )
             weights = tl.exp2(logits - norm[:, None])
             grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)

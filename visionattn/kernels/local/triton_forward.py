@@ -77,7 +77,21 @@ def forward_kernel(
         offset = offset_of(others.y, others.x, strides, y, x)
         key = load_rows(k + begin, offset, others.inside, HEAD_DIM, BLOCK_D)
         key_part = part_of_keys(others.y, others.x, bias_columns)
-        logits = scores(query, key, own, others, bias, part, key_part, scale, MASK, STRIP, OTHERS, PRECISION)
+        logits = scores(
+            query,
+            key,
+            own,
+            others,
+            bias,
+            bias_entries - 1,
+            part,
+            key_part,
+            scale,
+            MASK,
+            STRIP,
+            OTHERS,
+            PRECISION,
+        )
         value = load_rows(v + begin, offset, others.inside, HEAD_DIM, BLOCK_D)
         if SINGLE:
             best = tl.max(logits, 1)
@@ -108,7 +122,7 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-    tiles, options = choose_tiling(q, pattern, "query")
+    tiles, options = choose_tiling(q, bias, pattern, "query")
     if q.shape[0]:
         grid = (tiles.programs * q.shape[0] * q.shape[3],)
         numbers = {**geometry(q, bias, pattern), "y": tiles.y, "x": tiles.x, **options}

@@ -294,11 +294,13 @@ def biased(logits, bias, own_part, others_part):
 
 
 @triton.jit
-def masked(logits, bias, own_part, others_part, visible):
+def masked(logits, bias, last_entry, own_part, others_part, visible):
     """Logits with their bias, -inf where not visible."""
     if bias is not None:
-        entry = tl.load(bias + own_part[:, None] + others_part[None, :], mask=visible, other=0.0)
-        logits += entry.to(tl.float32) * LOG2_E
+        # Pairs that are not visible read any entry: keeping the place inside the bias takes far fewer
+        # registers than a mask in the layout of the load.
+        entry = tl.minimum(tl.maximum(own_part[:, None] + others_part[None, :], 0), last_entry)
+        logits += tl.load(bias + entry).to(tl.float32) * LOG2_E
     return tl.where(visible, logits, float("-inf"))
 
 
@@ -316,6 +318,7 @@ def scores(
     own,
     others,
     bias,
+    last_entry,
     own_part,
     others_part,
     scale,
@@ -326,15 +329,16 @@ def scores(
 ):
     """Base-2 logits `[own, others]` of queries and keys, -inf for pairs that do not see each other.
 
-    `bias` is None or that of the head, `own_part` and `others_part` the places of its entries.
+    `bias` is None or that of the head, up to `last_entry`; `own_part` and `others_part` add up to the entry
+    of a pair.
     """
     logits = tl.dot(own_rows, tl.trans(other_rows), input_precision=PRECISION) * (scale * LOG2_E)
     if MASK == "none":
         logits = biased(logits, bias, own_part, others_part)
     elif MASK == "rectangle":
-        logits = masked(logits, bias, own_part, others_part, others.seen[None, :])
+        logits = masked(logits, bias, last_entry, own_part, others_part, others.seen[None, :])
     elif MASK == "pairs":
-        logits = masked(logits, bias, own_part, others_part, visible_pairs(own, others))
+        logits = masked(logits, bias, last_entry, own_part, others_part, visible_pairs(own, others))
     else:
         whole = (others.first_y >= own.inner_start_y) & (others.first_x >= own.inner_start_x)
         whole &= others.first_y + OTHERS // STRIP <= own.inner_stop_y
@@ -342,12 +346,13 @@ def scores(
         if whole:
             logits = biased(logits, bias, own_part, others_part)
         else:
-            logits = masked(logits, bias, own_part, others_part, visible_pairs(own, others))
+            logits = masked(logits, bias, last_entry, own_part, others_part, visible_pairs(own, others))
     return logits
 
 
 def choose_tiling(
     q: Tensor,
+    bias: Tensor | None,
     pattern: Pattern,
     owner: Owner,
     in_block: bool = False,
@@ -361,9 +366,11 @@ def choose_tiling(
     single = q.dtype == torch.float32
     wide = single or dim > 64
     # Products in float32 do not run on matrix units and take registers for their operands.
-    widest = 32 if dim > 128 or single else 64
-    tiles = tiling(pattern, owner, widest, 32 if wide else 64, in_block)
-    warps = (2 if tiles.own < 64 else 4) * (2 if wide and not hip else 1)
+    most_own = 32 if dim > 128 or single else 64
+    tiles = tiling(pattern, owner, most_own, 32 if wide else 64, in_block)
+    if bias is not None and not tiles.single:
+        # Every score gathers an entry, whose address takes two registers.
+        tiles = tiling(pattern, owner, most_own, 32, in_block)
     return tiles, {
         "HEAD_DIM": q.shape[4],
         "BLOCK_D": dim,
@@ -374,6 +381,6 @@ def choose_tiling(
         "SINGLE": tiles.single,
         "ZERO": "zero" in (pattern.y.border, pattern.x.border),
         "PRECISION": precision(q),
-        "num_warps": warps,
+        "num_warps": (2 if tiles.own < 64 else 4) * (2 if wide and not hip else 1),
         "num_stages": 1 if wide else 2,
     }
