@@ -1,4 +1,4 @@
-"""Name what images show, or restore and enlarge them: what is done follows from the network."""
+"""Name what images show, restore them, or draw what is found in them, as follows from the network."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from visionattn.engine.cli import run_command
 EXAMPLE = """examples:
   python tools/predict.py runs/biformer_digits IMAGE.png --top 3
   python tools/predict.py runs/hat_photographs_x2 FOLDER --output enlarged
+  python tools/predict.py runs/biformer_scenes FOLDER --output found
   python tools/predict.py biformer_tiny FOLDER --checkpoint biformer_tiny_best.pth
 """
 
@@ -29,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output",
         metavar="DIR",
         default="predictions",
-        help="folder for restored images (default: %(default)s)",
+        help="folder for restored or drawn images (default: %(default)s)",
     )
     parser.add_argument("--top", type=int, default=5, help="names per image (default: %(default)s)")
     arguments = parser.parse_args()

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 # Under which keys training code stores weights; averaged weights are what the authors evaluate.
 _WRAPPERS = ("params_ema", "model_ema", "state_dict_ema", "ema", "params", "model", "net", "state_dict")
+# Under which names detectors and segmenters hold their backbone: our own, then the authors'.
+_BACKBONES = ("backbone.body.model.", "backbone.body.", "backbone.")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def load_checkpoint(
 
     Wrappers (`params_ema`, `model`, ...) and the prefix `module.` are removed, the family's names converted,
     stored index and mask buffers dropped. A model without a classifier, or made with `features_only=True`,
-    takes a full checkpoint: weights of the parts it was built without are left out.
+    takes a full checkpoint: weights of the parts it was built without are left out. The checkpoint of a
+    detector or segmenter gives its backbone. `extra_norms`, which only dense backbones have, keep their
+    initial values where the checkpoint has none of them.
 
     Args:
         model: a network from `timm.create_model`; nothing in it changes unless the load succeeds.
@@ -73,6 +77,7 @@ def load_checkpoint(
     features_only = isinstance(network, FeatureGetterNet)
     network = network.model if features_only else network
     weights = unwrap_state_dict(source if isinstance(source, Mapping) else read_checkpoint(source))
+    weights = weights if hasattr(network, "backbone") else _backbone_of(weights)
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     weights = convert(weights, network) if convert else weights
 
@@ -83,8 +88,10 @@ def load_checkpoint(
         if name in own or not (_is_index(name, value) or _is_left_out(network, name, features_only))
     }
     mismatched = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
+    has_extra_norms = any(name.startswith("extra_norms.") for name in weights)
+    missing = (name for name in own if name not in weights and not name.endswith("num_batches_tracked"))
     report = LoadReport(
-        missing=tuple(n for n in own if n not in weights and not n.endswith("num_batches_tracked")),
+        missing=tuple(name for name in missing if has_extra_norms or not name.startswith("extra_norms.")),
         unexpected=tuple(n for n in weights if n not in own),
         mismatched=tuple(
             f"{n}: {tuple(weights[n].shape)}, {tuple(own[n].shape)}" for n in own if n in mismatched
@@ -163,6 +170,12 @@ def save_checkpoint(
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _backbone_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's part of the weights of a detector or segmenter; other weights unchanged."""
+    prefix = next((prefix for prefix in _BACKBONES if any(name.startswith(prefix) for name in weights)), "")
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _is_index(name: str, value: Tensor) -> bool:

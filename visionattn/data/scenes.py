@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 
+from .coco import encode_mask
 from .digits import CLASS_NAMES as DIGIT_NAMES
 from .digits import Digits
 from .images import open_image
@@ -180,7 +180,6 @@ def _write_split(folder: Path, split: Split, options: SceneOptions) -> None:
 
 
 def _annotation(image: int, digit: int, mask: np.ndarray) -> dict[str, Any]:
-    run_lengths = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     top, left = int(rows[0]), int(columns[0])
     return {
@@ -188,7 +187,7 @@ def _annotation(image: int, digit: int, mask: np.ndarray) -> dict[str, Any]:
         "category_id": int(digit) + 1,
         "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
         "area": int(mask.sum()),
-        "segmentation": {"size": list(mask.shape), "counts": run_lengths["counts"].decode("ascii")},
+        "segmentation": encode_mask(mask),
         "iscrowd": 0,
     }
 

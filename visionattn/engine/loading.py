@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -106,7 +106,9 @@ def _random_state_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def make_train_loader(dataset: Dataset, config: TrainConfig, repeats: int = 1) -> DataLoader:
+def make_train_loader(
+    dataset: Dataset, config: TrainConfig, repeats: int = 1, collate: Callable[[list[Any]], Any] | None = None
+) -> DataLoader:
     """The loader of a task's training data: shuffled, sharded over processes, resumable.
 
     Args:
@@ -114,25 +116,28 @@ def make_train_loader(dataset: Dataset, config: TrainConfig, repeats: int = 1) -
             by reading over what was seen.
         config: batch size, workers and seed.
         repeats: see `TrainSampler`.
+        collate: makes a batch of a list of samples; by default torch's own.
     """
     if isinstance(dataset, IterableDataset):
-        return _loader(dataset, config.batch_size, config, drop_last=True)
+        return _loader(dataset, config.batch_size, config, collate_fn=collate, drop_last=True)
     sampler = TrainSampler(len(dataset), config, repeats)  # type: ignore[arg-type]
-    return _loader(
-        SeededDataset(dataset, config.seed), config.batch_size, config, sampler=sampler, drop_last=True
-    )
+    seeded = SeededDataset(dataset, config.seed)
+    return _loader(seeded, config.batch_size, config, collate_fn=collate, sampler=sampler, drop_last=True)
 
 
-def make_eval_loader(dataset: Dataset, config: TrainConfig) -> DataLoader:
+def make_eval_loader(
+    dataset: Dataset, config: TrainConfig, collate: Callable[[list[Any]], Any] | None = None
+) -> DataLoader:
     """The loader of a task's held-out data: in order, every sample on exactly one process, none padded.
 
     An `IterableDataset` deals its samples to the processes itself; timm's may repeat one to come out even.
+    `collate` makes a batch of a list of samples.
     """
     batch_size = config.eval_batch_size or config.batch_size
     if isinstance(dataset, IterableDataset):
-        return _loader(dataset, batch_size, config)
+        return _loader(dataset, batch_size, config, collate_fn=collate)
     mine = range(process_index(), len(dataset), process_count())  # type: ignore[arg-type]
-    return _loader(dataset, batch_size, config, sampler=mine)
+    return _loader(dataset, batch_size, config, collate_fn=collate, sampler=mine)
 
 
 def _loader(dataset: Dataset, batch_size: int, config: TrainConfig, **kwargs: Any) -> DataLoader:

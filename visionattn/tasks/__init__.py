@@ -16,6 +16,8 @@ from visionattn.engine.task import Task
 #: name -> (module, configuration class, task class); a module is imported when its task is asked for.
 TASKS: dict[str, tuple[str, str, str]] = {
     "classification": ("visionattn.tasks.classification", "ClassificationConfig", "ClassificationTask"),
+    "detection": ("visionattn.tasks.detection", "DetectionConfig", "DetectionTask"),
+    "segmentation": ("visionattn.tasks.segmentation", "SegmentationConfig", "SegmentationTask"),
     "restoration": ("visionattn.tasks.restoration", "RestorationConfig", "RestorationTask"),
 }
 

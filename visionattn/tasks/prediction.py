@@ -1,4 +1,4 @@
-"""Using a network on image files: names what they show, or restores them."""
+"""Using a network on image files: names what they show, restores them, or draws what is found in them."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def predict_files(
         source: a registered network, a run folder or a configuration file.
         images: the file or folder.
         checkpoint: weights in place of the best of the run folder, or of the published ones.
-        output: folder that restored images are written to, as PNG.
+        output: folder that restored images, or images with what was found in them, are written to, as PNG.
         top: how many names per image.
 
     Yields:
-        Each file with the file that was written (restoration), or its most probable classes as
-        `(name, probability)`, or the error that says why the image cannot be used.
+        Each file with the file that was written (restoration, detection, segmentation), or its most probable
+        classes as `(name, probability)`, or the error that says why the image cannot be used.
 
     Raises:
         InputError: the network, the weights or the images do not exist.
@@ -52,7 +52,7 @@ def predict_files(
         raise InputError(f"there is no image or folder {images}")
     with as_input_error("cannot read the images", FileNotFoundError):
         files = [Path(images)] if Path(images).is_file() else list_images(images)
-    predict, upscale = _open(source, checkpoint, top)
+    predict, suffix = _open(source, checkpoint, top)
     stems = Counter(file.stem for file in files)
     for file in files:
         try:
@@ -62,28 +62,30 @@ def predict_files(
             continue
         if isinstance(result, Image.Image):
             name = file.stem if stems[file.stem] == 1 else file.name
-            written = Path(output) / f"{name}_x{upscale}.png"
+            written = Path(output) / f"{name}_{suffix}.png"
             with replacing(written) as beside:
                 result.save(beside, format="PNG")
             result = written
         yield file, result
 
 
-def _open(source: str, checkpoint: str | None, top: int) -> tuple[Callable[[Image.Image], Any], int]:
-    """The prediction of one image, and how many times larger it makes it."""
+def _open(source: str, checkpoint: str | None, top: int) -> tuple[Callable[[Image.Image], Any], str]:
+    """The prediction of one image, and what is added to its name if the prediction is an image."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if Path(source).exists():
-        task = create_task(load_trained_config(source, checkpoint=checkpoint))
+        task: Any = create_task(load_trained_config(source, checkpoint=checkpoint)).to(device or "cpu").eval()
+        if hasattr(task, "draw"):
+            return task.draw, task.config.task
         model = task.model
         names = partial(task.predict, top=top) if isinstance(task, ClassificationTask) else None
     else:
         model, names = _open_network(source, checkpoint), None
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model.to(device or "cpu").eval()
     info = getattr(model, "info", None)
     if isinstance(info, RestorationInfo):
-        return partial(restore, model), info.upscale
+        return partial(restore, model), f"x{info.upscale}"
     names = names or partial(classify, model, top=top)
-    return lambda image: names([image])[0], 1
+    return lambda image: names([image])[0], ""
 
 
 def _open_network(name: str, checkpoint: str | None) -> nn.Module:
