@@ -60,7 +60,11 @@ def export(arguments: argparse.Namespace) -> None:
 
 def table(arguments: argparse.Namespace) -> None:
     from visionattn.engine.errors import as_input_error
+    from visionattn.engine.network import check_network_name
     from visionattn.integrations.export_table import try_exports, write_table
+
+    for name in arguments.networks:
+        check_network_name(name)
 
     command, rows = shlex.join(["python", "tools/export.py", *sys.argv[1:]]), []
     with as_input_error("cannot make the table", ValueError, RuntimeError):

@@ -49,6 +49,11 @@ class Exported:
     difference: float
     seconds: float
 
+    def __str__(self) -> str:
+        equal = ", ".join(map(_named, self.sizes))
+        text = f"{self.path}: {self.format}, {self.seconds:.0f} s, equal to {self.difference:.0e} at {equal}"
+        return f"{text}; refuses {', '.join(map(_named, self.refused))}" if self.refused else text
+
 
 def export_network(
     network: nn.Module,
