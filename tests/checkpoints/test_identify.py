@@ -11,7 +11,7 @@ import parity
 import pytest
 import timm
 import torch
-from safetensors import safe_open
+from published import fixtures
 from torch import Tensor
 
 from visionattn.checkpoints import CheckpointError, identify, load_network, save_checkpoint
@@ -25,15 +25,6 @@ def official(name: str, **kwargs: Any) -> Weights:
     net = timm.create_model(name, device="meta", **kwargs)
     net = getattr(net, "model", net)
     return layout_of(net).to_official(net.state_dict(), net)
-
-
-def fixtures() -> list[Path]:
-    found = []
-    for path in sorted((Path(__file__).parents[1] / "parity").glob("*/*.safetensors")):
-        with safe_open(str(path), framework="pt") as file:
-            if "parity" in file.metadata():
-                found.append(path)
-    return found
 
 
 # Networks of full size have thousands of modules: a second each, without any memory for their weights.
@@ -82,7 +73,7 @@ def test_without_index_buffers_and_in_our_own_names(name: str):
     }
 
 
-@pytest.mark.parametrize("path", fixtures(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", fixtures())
 def test_published_names(path: Path):
     meta, _ = parity.load(path)
     table = path.with_name("arguments.json")

@@ -73,8 +73,8 @@ def identify(source: Source) -> Identity:
         CheckpointError: a file that cannot be read safely, or weights of a network that is not in the zoo.
     """
     if isinstance(source, Mapping):
-        return _identify(source, "", {})
-    return _identify(read_checkpoint(source), Path(source).stem, read_metadata(source))
+        return _identify(source, None, {})
+    return _identify(read_checkpoint(source), Path(source), read_metadata(source))
 
 
 def load_network(source: Source, **kwargs: Any) -> tuple[nn.Module, Identity]:
@@ -118,7 +118,7 @@ def layout_of(network: nn.Module) -> Layout:
     raise CheckpointError(f"{type(network).__name__} is no network of visionattn.models")
 
 
-def _identify(content: Mapping[str, Any], file: str, metadata: Mapping[str, str]) -> Identity:
+def _identify(content: Mapping[str, Any], file: Path | None, metadata: Mapping[str, str]) -> Identity:
     everything, wrapper = unwrap_with_path(content)
     weights = {name: value.to("meta") for name, value in backbone_of(content).items()}
     refused: list[tuple[int, str]] = []
@@ -127,7 +127,7 @@ def _identify(content: Mapping[str, Any], file: str, metadata: Mapping[str, str]
         if told is None:
             continue
         ours, arguments = told
-        identity = _choose(layout, arguments, file, metadata)
+        identity = _choose(layout, arguments, file.stem if file else "", metadata)
         report = _fit(identity, weights)
         if report and not arguments.get("num_classes", 1):
             # Backbones of the authors' detectors have neither a classifier nor the norm before it.
@@ -144,7 +144,7 @@ def _identify(content: Mapping[str, Any], file: str, metadata: Mapping[str, str]
             notes = (f"the weights of the backbone in it; {left} others are left out", *notes)
         return replace(identity, wrapper=wrapper, official=official, notes=notes)
     reason = min(refused)[1] if refused else f"its weights are {few(tuple(weights))}"
-    raise CheckpointError(f"the checkpoint belongs to no network of this library: {reason}")
+    raise CheckpointError(f"{file or 'the checkpoint'} belongs to no network of this library: {reason}")
 
 
 def _told(layout: Layout, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -250,6 +250,11 @@ def _fit(identity: Identity, weights: Mapping[str, Tensor]) -> LoadReport | str:
         return compare(network, convert(weights, network), features_only)
     except (TypeError, ValueError, RuntimeError) as error:
         return str(error).split("\n")[0]
+
+
+def families() -> list[str]:
+    """The plainest registered network of every family and host."""
+    return [_variants(layout)[0].name for layout in _modules()]
 
 
 @lru_cache

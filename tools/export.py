@@ -1,0 +1,79 @@
+"""Export a network to ONNX, a torch.export program, or an AOTInductor package; checked before it is kept."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+from visionattn.engine.cli import run_command
+
+EXAMPLE = """examples:
+  python tools/export.py HAT_SRx4.pth hat_x4.onnx --size 64 64
+  python tools/export.py nat_mini.pth nat_mini.pt2 --dynamic
+  python tools/export.py runs/biformer_digits/checkpoints/best.safetensors digits.pt2 --format aoti
+  python tools/export.py --table docs/export.md
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="CHECKPOINT", nargs="?", help="a file tools/convert.py recognises")
+    parser.add_argument("target", metavar="FILE", nargs="?", help="an .onnx or .pt2 file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="arguments of the network")
+    formats = ("program", "onnx", "aoti")
+    parser.add_argument("--format", choices=formats, help="default: onnx for .onnx, program for .pt2")
+    parser.add_argument("--size", metavar=("H", "W"), type=int, nargs=2, help="default: the network's")
+    parser.add_argument("--batch", metavar="N", type=int, default=1, help="images (default: %(default)s)")
+    parser.add_argument("--dynamic", action="store_true", help="let batch, height and width vary")
+    parser.add_argument("--table", metavar="FILE.md", help="try every family in every way")
+    parser.add_argument("--networks", metavar="NAME", nargs="+", default=[], help="of the table")
+    parser.add_argument("--formats", metavar="FORMAT", nargs="+", default=formats, choices=formats)
+    parsed = parser.parse_args(arguments)
+    if parsed.table is None and parsed.target is None:
+        parser.error("name a CHECKPOINT and a FILE, or --table")
+    if min([parsed.batch, *(parsed.size or [])]) < 1:
+        parser.error("--batch and --size must be at least 1")
+    return parsed
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from visionattn.checkpoints import load_network
+    from visionattn.engine.errors import RunError, as_input_error
+    from visionattn.engine.yaml_io import parse_pairs
+    from visionattn.integrations.export import ExportError, export_network
+
+    format = arguments.format or ("onnx" if arguments.target.endswith(".onnx") else "program")
+    with as_input_error(f"cannot export {arguments.source}", ValueError, OSError, TypeError):
+        network, identity = load_network(arguments.source, **parse_pairs(arguments.overrides))
+        print(identity)
+        try:
+            size = tuple(arguments.size) if arguments.size else None
+            options = {"size": size, "batch": arguments.batch, "dynamic": arguments.dynamic}
+            print(export_network(network, arguments.target, format, **options))
+        except ExportError as error:
+            raise RunError(f"{arguments.target} was not written: {error}") from error
+
+
+def table(arguments: argparse.Namespace) -> None:
+    from visionattn.engine.errors import as_input_error
+    from visionattn.engine.network import check_network_name
+    from visionattn.integrations.export_table import try_exports, write_table
+
+    for name in arguments.networks:
+        check_network_name(name)
+
+    command, rows = shlex.join(["python", "tools/export.py", *sys.argv[1:]]), []
+    with as_input_error("cannot make the table", ValueError, RuntimeError):
+        for row in try_exports(arguments.networks, arguments.formats):
+            rows.append(row)
+            write_table(rows, arguments.table, command)
+            print(row.network, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    parsed = parse_arguments()
+    run_command(lambda: (table if parsed.table else export)(parsed))
