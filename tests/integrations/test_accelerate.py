@@ -11,9 +11,12 @@ import timm
 import torch
 from timm.layers.halo_attn import HaloAttn
 from timm.models.maxxvit import PartitionAttentionCl
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 import visionattn
+from visionattn.benchmark.models import compare_models
+from visionattn.integrations.timm_windows import FusedWindowAttention
 
 _SWIN = {"embed_dim": 24, "num_heads": (1, 2, 3, 4), "depths": (2, 2, 2, 2)}
 _MAXVIT = {"embed_dim": (32, 32, 64, 64), "depths": (1, 1, 1, 1), "stem_width": 16}
@@ -290,3 +293,20 @@ def test_every_registered_network(name: str) -> None:
         report = visionattn.accelerate(theirs, device)
         assert report.swapped or report.kept
         assert_equal(theirs(x), expected)
+
+
+def test_benchmark_compares_with_timm_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for attention in (WindowAttention, FusedWindowAttention):
+
+        def forward(
+            self: nn.Module, x: Tensor, own: Any = attention.forward, of: Any = attention, **mask: Any
+        ) -> Tensor:
+            calls.append(of)
+            return own(self, x, **mask)
+
+        monkeypatch.setattr(attention, "forward", forward)
+    (row,) = compare_models(["swin_tiny_patch4_window7_224"], repeats=1)
+    assert (row.input, row.mode) == ((1, 3, 224, 224), "inference")
+    assert row.difference < 1e-5
+    assert calls.count(WindowAttention) == calls.count(FusedWindowAttention) > 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from visionattn.engine.errors import InputError, as_input_error, nearest
 
+from .accelerated import timm_formulation
 from .formulations import FORMULATIONS, Formulation
 from .measure import Call, Timing, peak_memory, time_in_turn
 from .zoo import model_names
@@ -74,6 +75,7 @@ def compare_models(
     for name, formulation in zip(names, formulations):
         torch.manual_seed(0)
         net: Any = timm.create_model(name, device=device).train(train)
+        formulation.prepare(net)
         for height, width in [size] if size else formulation.sizes:
             image = torch.rand(batch, net.in_chans, height, width, device=device)
             with as_input_error(f"cannot run {name} at {height}x{width}", ValueError):
@@ -110,11 +112,13 @@ def compare(net: nn.Module, name: str, formulation: Formulation, image: Tensor, 
 
 
 def formulation_of(name: str) -> Formulation:
-    """The authors' formulation for a registered network.
+    """The authors' formulation for a registered network; timm's own networks run as timm ships them.
 
     Raises:
         InputError: an unknown name, or a family whose formulation is not at hand.
     """
+    if name not in model_names() and timm.is_model(name):
+        return timm_formulation(name)
     if name not in model_names():
         raise InputError(f"unknown network {name!r}: {nearest(name, model_names())}")
     family = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]

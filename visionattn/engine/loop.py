@@ -74,9 +74,11 @@ def train(task: Task) -> Result:
     stop = False
     with StopSignals() as signals, Recorder(config, state, accelerator) as recorder:
         while state.step < plan.total and not stop:
-            values, stop = _update(network, optimizer, batches, state, options, accelerator, signals)
+            values, stop, skipped = _update(network, optimizer, batches, state, options, accelerator, signals)
             lr = optimizer.param_groups[0]["lr"]
             state.add(values)
+            if skipped:
+                recorder.say(f"step {state.step} gave {_explain(values)} and is passed over")
             scheduler.step_update(state.step)
             if ema is not None:
                 ema.update(task.model, step=state.step)
@@ -147,11 +149,12 @@ def _update(
     options: TrainConfig,
     accelerator: Accelerator,
     signals: StopSignals,
-) -> tuple[dict[str, float], bool]:
+) -> tuple[dict[str, float], bool, bool]:
     """One update of the weights.
 
     Returns:
-        Losses and gradient norm, averaged over the processes, and whether any process was told to stop.
+        Losses and gradient norm, averaged over the processes; whether any process was told to stop; and
+        whether the update was left out because they are not finite.
     """
     buffers = [buffer.clone() for buffer in state.model.buffers()] if options.nan == "skip" else []
     sums: dict[str, Any] = {}
@@ -176,11 +179,12 @@ def _update(
     values = dict(zip(sums, means, strict=True))
     # A gradient that overflows in float16 is usual: the scaler skips the step and lowers its scale.
     scaled = accelerator.scaler is not None
-    if math.isfinite(values["loss"]) and (scaled or math.isfinite(values["grad_norm"])):
+    skipped = not (math.isfinite(values["loss"]) and (scaled or math.isfinite(values["grad_norm"])))
+    if not skipped:
         optimizer.step()
     elif options.nan == "stop":
         raise RunError(
-            f"step {state.step + 1} gave loss {values['loss']:g} and gradient norm {values['grad_norm']:g}; "
+            f"step {state.step + 1} gave {_explain(values)}; "
             f"lower optimizer.lr, set train.clip_grad, or pass over such steps with train.nan=skip"
         )
     else:
@@ -189,7 +193,11 @@ def _update(
         for buffer, before in zip(state.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
     optimizer.zero_grad()
-    return values, told > 0
+    return values, told > 0, skipped
+
+
+def _explain(values: dict[str, float]) -> str:
+    return f"loss {values['loss']:g} and gradient norm {values['grad_norm']:g}"
 
 
 def _keep_best(state: TrainingState, task: Task, folder: RunFolder, main: bool) -> None:

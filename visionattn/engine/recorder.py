@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .config import RunConfig
-from .run_folder import replacing
+from .run_folder import replacing, writing
 from .state import TrainingState
 
 
@@ -50,7 +50,7 @@ class CsvLog:
             self.columns += new
             self._rewrite(rows)
         # One write of a whole line, so that a kill leaves whole lines.
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(self._lines([row]))
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
@@ -100,7 +100,8 @@ class Recorder:
     ) -> None:
         if self.active:
             self.bar.close()
-            self.tensorboard.close()
+            with writing(self.folder / "tensorboard"):
+                self.tensorboard.close()
 
     def advance(self) -> None:
         """One update is done."""
@@ -123,8 +124,9 @@ class Recorder:
         self.csv.append(
             {"step": step, "epoch": "" if epoch is None else round(epoch, 4), "split": split, **values}
         )
-        for name, value in values.items():
-            self.tensorboard.add_scalar(f"{split}/{name}", value, step)
+        with writing(self.folder / "tensorboard"):
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{split}/{name}", value, step)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if split == "train" and not self.bar.disable:
             self.bar.set_postfix_str(numbers)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _STATE = "checkpoints/last.state.pt"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _VERSIONED = ("visionattn", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
@@ -50,14 +51,27 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield beside
-        os.replace(beside, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"cannot write {path}, the disk is full; what was there is untouched") from error
-        raise
+        with writing(path):
+            yield beside
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence that there is no room for what the block writes to `path`.
+
+    Raises:
+        RunError: the disk or the quota is full, or the file would be larger than is allowed.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        reason = os.strerror(error.errno).lower()
+        raise RunError(f"cannot write {path}: {reason}; what was saved before is untouched") from error
 
 
 class RunFolder:
@@ -89,8 +103,11 @@ class RunFolder:
         return other
 
     def start(self, config: RunConfig, device: str) -> None:
-        """Write what a reader needs to repeat the run."""
+        """Write what a reader needs to repeat the run, and remove what a killed one left half-written."""
         with as_input_error(f"cannot write the run folder {self.path}", OSError):
+            for stray in self.path.rglob(".*"):
+                if stray.suffix[1:].isdigit():  # as `replacing` names them
+                    stray.unlink(missing_ok=True)
             self.write_text("config.yaml", dump_yaml(config.model_dump(mode="json")))
             starts_file = self.path / "environment.json"
             starts = json.loads(starts_file.read_text(encoding="utf-8")) if starts_file.exists() else []

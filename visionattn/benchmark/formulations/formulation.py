@@ -29,6 +29,9 @@ class Formulation:
     what: str
     per_forward: tuple[Callable[[], None], ...] = ()
 
+    def prepare(self, net: nn.Module) -> None:
+        """Make `net` the one that stands for ours; the networks of this library are as they come."""
+
     @contextmanager
     def in_place_of_kernels(self, net: nn.Module) -> Iterator[None]:
         """Inside the block, `net` and every other network of the family computes as the authors do."""
