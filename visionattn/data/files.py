@@ -16,7 +16,6 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,7 +27,6 @@ from .images import EXTENSIONS, ImageError, list_images, open_image, to_grey, to
 
 CUBE_EXTENSIONS = frozenset({".npy", ".mat"})
 _SHOWN_PROBLEMS = 3
-_PNG_LEVEL = 1  # BasicSR's: decoding is what must be fast
 _LARGEST_VALUE = 4  # noise may leave [0, 1], but a cube that reaches further holds counts
 _OPEN: dict[str, Any] = {}
 _LOCK = threading.Lock()
@@ -152,41 +150,6 @@ def pair_files(
     return {stem: truths[name] for stem, name in owner.items()}, {stem: available[stem] for stem in owner}
 
 
-def make_lmdb(folder: str | Path, database: str | Path) -> int:
-    """Store the images of a folder as an LMDB that this library and BasicSR read.
-
-    Args:
-        folder: image files.
-        database: the folder to be made, called `*.lmdb`.
-
-    Returns:
-        How many images it holds.
-
-    Raises:
-        ValueError: the name does not end in .lmdb, or something of that name exists.
-        ImageError: a file is not an image.
-        ModuleNotFoundError: the package lmdb is not installed.
-    """
-    database = Path(database)
-    if database.suffix != ".lmdb" or database.exists():
-        raise ValueError(f"{database} must be a new folder called *.lmdb")
-    files, lines = list_by_stem(folder), []
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=database.parent, prefix=f".{database.name}.") as workshop:
-        beside = Path(workshop) / database.name
-        environment = _lmdb().open(str(beside), map_size=1 << 30, sync=False)
-        for key, file in files.items():
-            image, content = open_image(str(file)), io.BytesIO()
-            image.save(content, format="PNG", compress_level=_PNG_LEVEL)
-            _put(environment, key, content.getvalue())
-            lines.append(f"{key}.png ({image.height},{image.width},3) {_PNG_LEVEL}\n")
-        environment.sync(True)
-        environment.close()
-        (beside / "meta_info.txt").write_text("".join(lines), encoding="utf-8")
-        os.replace(beside, database)
-    return len(files)
-
-
 def shorten(items: Sequence[str]) -> str:
     """The first few of many, and how many more there are."""
     more = len(items) - _SHOWN_PROBLEMS
@@ -240,7 +203,12 @@ def _as_unit_floats(array: np.ndarray, source: ImageSource) -> Tensor:
     return values
 
 
-def _lmdb() -> Any:
+def import_lmdb() -> Any:
+    """The package lmdb, which is optional.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says how to install it.
+    """
     try:
         return importlib.import_module("lmdb")
     except ModuleNotFoundError as error:
@@ -252,7 +220,7 @@ def _lmdb() -> Any:
 def _environment(database: str) -> Any:
     with _LOCK:
         if database not in _OPEN:
-            _OPEN[database] = _lmdb().open(database, readonly=True, lock=False, readahead=False)
+            _OPEN[database] = import_lmdb().open(database, readonly=True, lock=False, readahead=False)
         return _OPEN[database]
 
 
@@ -268,7 +236,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _lmdb_value(image: LmdbImage) -> bytes:
-    lmdb = _lmdb()
+    lmdb = import_lmdb()
     try:
         with _environment(image.database).begin() as transaction:
             value = transaction.get(image.key.encode())
@@ -277,12 +245,3 @@ def _lmdb_value(image: LmdbImage) -> bytes:
     if value is None:
         raise ImageError(f"{image}: the database has no such key")
     return value
-
-
-def _put(environment: Any, key: str, value: bytes) -> None:
-    try:
-        with environment.begin(write=True) as transaction:
-            transaction.put(key.encode(), value)
-    except _lmdb().MapFullError:
-        environment.set_mapsize(2 * environment.info()["map_size"] + len(value))
-        _put(environment, key, value)
