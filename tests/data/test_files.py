@@ -83,6 +83,10 @@ def test_a_damaged_or_missing_lmdb_is_named(folder: Path, tmp_path: Path, monkey
         list_by_stem(tmp_path / "none.lmdb")
     (tmp_path / "bad.lmdb").mkdir()
     (tmp_path / "bad.lmdb/meta_info.txt").write_text("a.png (4,4,3) 1\n")
+    (tmp_path / "empty.lmdb").mkdir()
+    (tmp_path / "empty.lmdb/meta_info.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"empty\.lmdb lists no image"):
+        list_by_stem(tmp_path / "empty.lmdb")
     (tmp_path / "bad.lmdb/data.mdb").write_bytes(b"not a database" * 1000)
     files = list_by_stem(tmp_path / "bad.lmdb")
     with monkeypatch.context() as patch:

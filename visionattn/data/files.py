@@ -10,6 +10,7 @@ An LMDB is a folder called `*.lmdb` that holds, beside the database, `meta_info.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import importlib
 import io
 import os
@@ -103,6 +104,8 @@ def list_by_stem(place: str | Path) -> dict[str, ImageSource]:
         if not meta.is_file():
             raise FileNotFoundError(f"there is no LMDB {place} with a meta_info.txt")
         keys = [line.split()[0] for line in meta.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not keys:
+            raise FileNotFoundError(f"the LMDB {place} lists no image in its meta_info.txt")
         return {Path(key).stem: LmdbImage(str(place), Path(key).stem) for key in keys}
     sources: dict[str, ImageSource] = {}
     for file in list_images(place, EXTENSIONS | CUBE_EXTENSIONS):
@@ -133,9 +136,10 @@ def pair_files(
     if "{}" not in template:
         raise ValueError(f"the template of the inputs must hold {{}}, as in {{}}x4, but is {template!r}")
     available = list_by_stem(lq_place)
-    patterns = {name: template.replace("{}", name) for name in truths}
+    several = "*" in template
+    patterns = {name: template.replace("{}", glob.escape(name) if several else name) for name in truths}
     partners = {
-        name: fnmatch.filter(available, pattern) if "*" in template else [pattern] * (pattern in available)
+        name: fnmatch.filter(available, pattern) if several else [pattern] * (pattern in available)
         for name, pattern in patterns.items()
     }
     missing = [patterns[name] for name, stems in partners.items() if not stems]
@@ -144,7 +148,7 @@ def pair_files(
             f"{len(missing)} of {len(truths)} images in {gt_place} have no input in {lq_place}: "
             f"{shorten(missing)} (template {template!r})"
         )
-    if "*" not in template:
+    if not several:
         return truths, {name: available[stems[0]] for name, stems in partners.items()}
     owner = {stem: name for name, stems in partners.items() for stem in stems}
     return {stem: truths[name] for stem, name in owner.items()}, {stem: available[stem] for stem in owner}
