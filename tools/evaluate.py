@@ -47,14 +47,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.inputs and not parsed.data:
         parser.error("--inputs needs the true images: --data DIR")
-    flags = {
-        "data.source": parsed.data and "folders",
-        "data.eval_gt": parsed.data,
-        "data.eval_lq": parsed.inputs or (parsed.data and "[]"),
-        "data.eval_template": parsed.template and f"'{parsed.template}'",
-        "self_ensemble": parsed.self_ensemble and "true",
-    }
-    parsed.overrides = [*(f"{key}={value}" for key, value in flags.items() if value), *parsed.overrides]
     return parsed
 
 
@@ -64,8 +56,11 @@ def main(arguments: argparse.Namespace) -> None:
     from visionattn.engine.distributed import process_index
     from visionattn.engine.loop import evaluate
 
-    config = tasks.load_trained_config(arguments.source, arguments.overrides, arguments.checkpoint)
-    task = tasks.create_task(config)
+    named = tasks.image_overrides(
+        arguments.data, arguments.inputs, arguments.template, arguments.self_ensemble
+    )
+    overrides = [*named, *arguments.overrides]
+    task = tasks.create_task(tasks.load_trained_config(arguments.source, overrides, arguments.checkpoint))
     metrics = evaluate(task)
     if process_index() == 0:
         print("\n".join(f"{name}: {value:.6g}" for name, value in metrics.items()))

@@ -16,7 +16,6 @@ from visionattn.data.degradations import bicubic_low_resolution
 from visionattn.data.files import (
     LmdbImage,
     list_by_stem,
-    make_lmdb,
     pair_files,
     read_depth,
     read_planes,
@@ -24,6 +23,7 @@ from visionattn.data.files import (
 from visionattn.data.images import ImageError, read_image, to_pil
 from visionattn.data.paired import PairedImages, TrainingCrops
 from visionattn.data.pipeline import Degradation
+from visionattn.data.prepare import make_lmdb
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -55,7 +55,7 @@ def test_lmdb_round_trip_in_basicsr_layout(folder: Path, tmp_path: Path):
     missing = LmdbImage(str(tmp_path / "gt.lmdb"), "0009")
     with pytest.raises(ImageError, match=r"gt\.lmdb/0009: the database has no such key"):
         read_planes(missing, 3)
-    with pytest.raises(ValueError, match="new folder"):
+    with pytest.raises(ValueError, match="something at"):
         make_lmdb(folder, tmp_path / "gt.lmdb")
 
 
@@ -83,6 +83,10 @@ def test_a_damaged_or_missing_lmdb_is_named(folder: Path, tmp_path: Path, monkey
         list_by_stem(tmp_path / "none.lmdb")
     (tmp_path / "bad.lmdb").mkdir()
     (tmp_path / "bad.lmdb/meta_info.txt").write_text("a.png (4,4,3) 1\n")
+    (tmp_path / "empty.lmdb").mkdir()
+    (tmp_path / "empty.lmdb/meta_info.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"empty\.lmdb lists no image"):
+        list_by_stem(tmp_path / "empty.lmdb")
     (tmp_path / "bad.lmdb/data.mdb").write_bytes(b"not a database" * 1000)
     files = list_by_stem(tmp_path / "bad.lmdb")
     with monkeypatch.context() as patch:

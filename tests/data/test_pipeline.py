@@ -130,6 +130,7 @@ def test_every_step_has_a_working_form(image: torch.Tensor):
         ({"name": "gaussian_noise", "sigma": [9, 3]}, r"low <= high, but is \[9"),
         ({"name": "gaussian_noise", "sigma": -3}, "0 <= low"),
         ({"name": "hyperspectral_noise", "kind": "blue"}, "kind of .* should be 'iid'"),
+        ({"name": "hyperspectral_noise", "kind": "iid", "sigma": []}, "sigma of .* at least 1 item"),
         ({"name": "real_world", "first": {"sigm": 3}}, "first.sigm"),
     ],
 )

@@ -105,7 +105,7 @@ def test_missing_and_wrong_vgg_weights_are_one_sentence(
 ):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(InputError, match=r"hub/checkpoints/vgg19-.*\.pth: download https://") as caught:
-        RestorationTask(config(folder, tmp_path / "run", {"perceptual": 1}))
+        RestorationTask(config(folder, tmp_path / "run", {"perceptual": 1})).train_loader()
     assert "\n" not in str(caught.value)
     torch.save({"features.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not hold torchvision's VGG19"):
@@ -161,7 +161,8 @@ def test_both_networks_learn_in_the_loop_and_a_resumed_run_repeats_it(
         return task, loop.train(task)
 
     whole, result = run("whole")
-    fresh = tasks.create_task(config(folder, tmp_path / "fresh", loss))
+    fresh: Any = tasks.create_task(config(folder, tmp_path / "fresh", loss))
+    fresh.train_loader()
     moved = [
         (a - b).abs().max().item() for a, b in zip(whole.adversary.parameters(), fresh.adversary.parameters())
     ]
@@ -177,6 +178,12 @@ def test_both_networks_learn_in_the_loop_and_a_resumed_run_repeats_it(
     assert again.metrics == result.metrics
     for a, b in zip(whole.adversary.state_dict().values(), resumed.adversary.state_dict().values()):
         assert torch.equal(a, b)
+
+    # To judge and to use the network needs neither VGG nor discriminator.
+    vgg_gone = {**loss, "vgg_weights": "gone.pth"}
+    second = config(folder, tmp_path / "whole", vgg_gone)
+    second.model.checkpoint = str(tmp_path / "whole/checkpoints/last.safetensors")
+    assert loop.evaluate(tasks.create_task(second)) == result.metrics
 
     # The second stage starts from the weights of the first.
     second = config(folder, tmp_path / "second", loss)

@@ -25,7 +25,8 @@ CFSR = {"embed_dim": 8, "depths": [1], "kernel_size": 3}
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    (tmp_path / "HR").mkdir()
+    tmp_path = tmp_path / "a: folder, [of] images"
+    (tmp_path / "HR").mkdir(parents=True)
     (tmp_path / "LR").mkdir()
     for name, height, width in [("baby", 52, 41), ("bird", 48, 60)]:
         small = torch.rand(1, 3, 8, 8)

@@ -10,13 +10,13 @@ An LMDB is a folder called `*.lmdb` that holds, beside the database, `meta_info.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import importlib
 import io
 import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,7 +28,6 @@ from .images import EXTENSIONS, ImageError, list_images, open_image, to_grey, to
 
 CUBE_EXTENSIONS = frozenset({".npy", ".mat"})
 _SHOWN_PROBLEMS = 3
-_PNG_LEVEL = 1  # BasicSR's: decoding is what must be fast
 _LARGEST_VALUE = 4  # noise may leave [0, 1], but a cube that reaches further holds counts
 _OPEN: dict[str, Any] = {}
 _LOCK = threading.Lock()
@@ -105,6 +104,8 @@ def list_by_stem(place: str | Path) -> dict[str, ImageSource]:
         if not meta.is_file():
             raise FileNotFoundError(f"there is no LMDB {place} with a meta_info.txt")
         keys = [line.split()[0] for line in meta.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not keys:
+            raise FileNotFoundError(f"the LMDB {place} lists no image in its meta_info.txt")
         return {Path(key).stem: LmdbImage(str(place), Path(key).stem) for key in keys}
     sources: dict[str, ImageSource] = {}
     for file in list_images(place, EXTENSIONS | CUBE_EXTENSIONS):
@@ -135,9 +136,10 @@ def pair_files(
     if "{}" not in template:
         raise ValueError(f"the template of the inputs must hold {{}}, as in {{}}x4, but is {template!r}")
     available = list_by_stem(lq_place)
-    patterns = {name: template.replace("{}", name) for name in truths}
+    several = "*" in template
+    patterns = {name: template.replace("{}", glob.escape(name) if several else name) for name in truths}
     partners = {
-        name: fnmatch.filter(available, pattern) if "*" in template else [pattern] * (pattern in available)
+        name: fnmatch.filter(available, pattern) if several else [pattern] * (pattern in available)
         for name, pattern in patterns.items()
     }
     missing = [patterns[name] for name, stems in partners.items() if not stems]
@@ -146,45 +148,10 @@ def pair_files(
             f"{len(missing)} of {len(truths)} images in {gt_place} have no input in {lq_place}: "
             f"{shorten(missing)} (template {template!r})"
         )
-    if "*" not in template:
+    if not several:
         return truths, {name: available[stems[0]] for name, stems in partners.items()}
     owner = {stem: name for name, stems in partners.items() for stem in stems}
     return {stem: truths[name] for stem, name in owner.items()}, {stem: available[stem] for stem in owner}
-
-
-def make_lmdb(folder: str | Path, database: str | Path) -> int:
-    """Store the images of a folder as an LMDB that this library and BasicSR read.
-
-    Args:
-        folder: image files.
-        database: the folder to be made, called `*.lmdb`.
-
-    Returns:
-        How many images it holds.
-
-    Raises:
-        ValueError: the name does not end in .lmdb, or something of that name exists.
-        ImageError: a file is not an image.
-        ModuleNotFoundError: the package lmdb is not installed.
-    """
-    database = Path(database)
-    if database.suffix != ".lmdb" or database.exists():
-        raise ValueError(f"{database} must be a new folder called *.lmdb")
-    files, lines = list_by_stem(folder), []
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=database.parent, prefix=f".{database.name}.") as workshop:
-        beside = Path(workshop) / database.name
-        environment = _lmdb().open(str(beside), map_size=1 << 30, sync=False)
-        for key, file in files.items():
-            image, content = open_image(str(file)), io.BytesIO()
-            image.save(content, format="PNG", compress_level=_PNG_LEVEL)
-            _put(environment, key, content.getvalue())
-            lines.append(f"{key}.png ({image.height},{image.width},3) {_PNG_LEVEL}\n")
-        environment.sync(True)
-        environment.close()
-        (beside / "meta_info.txt").write_text("".join(lines), encoding="utf-8")
-        os.replace(beside, database)
-    return len(files)
 
 
 def shorten(items: Sequence[str]) -> str:
@@ -240,7 +207,12 @@ def _as_unit_floats(array: np.ndarray, source: ImageSource) -> Tensor:
     return values
 
 
-def _lmdb() -> Any:
+def import_lmdb() -> Any:
+    """The package lmdb, which is optional.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says how to install it.
+    """
     try:
         return importlib.import_module("lmdb")
     except ModuleNotFoundError as error:
@@ -252,7 +224,7 @@ def _lmdb() -> Any:
 def _environment(database: str) -> Any:
     with _LOCK:
         if database not in _OPEN:
-            _OPEN[database] = _lmdb().open(database, readonly=True, lock=False, readahead=False)
+            _OPEN[database] = import_lmdb().open(database, readonly=True, lock=False, readahead=False)
         return _OPEN[database]
 
 
@@ -268,7 +240,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _lmdb_value(image: LmdbImage) -> bytes:
-    lmdb = _lmdb()
+    lmdb = import_lmdb()
     try:
         with _environment(image.database).begin() as transaction:
             value = transaction.get(image.key.encode())
@@ -277,12 +249,3 @@ def _lmdb_value(image: LmdbImage) -> bytes:
     if value is None:
         raise ImageError(f"{image}: the database has no such key")
     return value
-
-
-def _put(environment: Any, key: str, value: bytes) -> None:
-    try:
-        with environment.begin(write=True) as transaction:
-            transaction.put(key.encode(), value)
-    except _lmdb().MapFullError:
-        environment.set_mapsize(2 * environment.info()["map_size"] + len(value))
-        _put(environment, key, value)

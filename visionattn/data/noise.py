@@ -1,7 +1,7 @@
 """Noise of images and of hyperspectral cubes. Images are float `[C, H, W]` in [0, 1]; nothing is clipped.
 
-All chance comes from a `numpy.random.RandomState`, whose streams never change between versions: the
-benchmarks of denoising are defined by the stream of seed 0.
+They lie on the CPU. All chance comes from a `numpy.random.RandomState`, whose streams never change between
+versions: the benchmarks of denoising are defined by the stream of seed 0.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def hyperspectral_noise(
     image: Tensor,
     rng: RandomState,
     kind: HyperspectralKind,
-    sigma: Sequence[Annotated[float, Field(ge=0)]] = (10, 30, 50, 70),
+    sigma: Annotated[Sequence[Annotated[float, Field(ge=0)]], Field(min_length=1)] = (10, 30, 50, 70),
 ) -> Tensor:
     """Noise of hyperspectral sensors, as HSDT and its predecessors train and judge (see HSIR).
 

@@ -29,7 +29,7 @@ class Task(nn.Module, ABC):
         monitor: the entry of `evaluate` that names the best checkpoint.
         higher_is_better: whether a larger `monitor` is better.
         adversary: a second network that is trained in the same steps, whose judgement enters the loss; it is
-            saved in the training state alone. None where there is none.
+            saved in the training state alone. Made by `train_loader` at the latest; None where there is none.
         rows: what `evaluate` found for each sample, as far as the task keeps it.
     """
 

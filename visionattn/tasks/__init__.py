@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,32 @@ def _network_config(name: str, overrides: Sequence[str], checkpoint: str | Path 
     model = {"name": name, "checkpoint": checkpoint and str(checkpoint), "pretrained": checkpoint is None}
     config = override_config({"task": task, "model": model, "schedule": {"steps": 1}}, overrides)
     return parse_config(config, config_class(config))
+
+
+def image_overrides(
+    truths: str | None, inputs: str | None, template: str | None, self_ensemble: bool
+) -> list[str]:
+    """The overrides by which a restoration task judges images that a command line names.
+
+    Args:
+        truths: a folder or LMDB of true images; None leaves the images as they are.
+        inputs: that of their inputs; None: they are made.
+        template: name of an input, with {} for that of its truth.
+        self_ensemble: whether to average over flips and transpositions.
+    """
+    given: dict[str, Any] = {}
+    if truths:
+        lq = [inputs] if inputs else []
+        given |= {"data.source": "folders", "data.eval_gt": truths, "data.eval_lq": lq}
+    if inputs:
+        given["data.eval_degradations"] = None
+    if template:
+        given["data.eval_template"] = template
+    if self_ensemble:
+        given["self_ensemble"] = True
+    return [
+        f"{key}={json.dumps(value)}" for key, value in given.items()
+    ]  # JSON is YAML, whatever a path holds
 
 
 def config_class(config: Mapping[str, Any]) -> type[RunConfig]:

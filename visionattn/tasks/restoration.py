@@ -18,7 +18,7 @@ from visionattn.data.images import to_pil, to_tensor
 from visionattn.data.paired import Pair, PairedImages, TrainingCrops
 from visionattn.engine.distributed import gather_objects, process_index
 from visionattn.engine.errors import InputError, as_input_error
-from visionattn.engine.loading import make_eval_loader, make_train_loader
+from visionattn.engine.loading import make_eval_loader, make_train_loader, seed_all
 from visionattn.engine.network import create_network
 from visionattn.engine.task import Task
 from visionattn.models._restoration import RestorationInfo
@@ -64,7 +64,8 @@ class RestorationTask(Task):
                 f"metric={self.metric} does not fit the {self.out_channels} channels of the network"
             )
         self.monitor = "mpsnr" if self.metric == "bands" else f"psnr_{self.metric}"
-        self._make_losses()
+        self.perceptual: PerceptualLoss | None = None
+        self._check_losses()
         # A trained checkpoint holds what became of the initial weights.
         if config.initial_weights is not None and config.model.checkpoint is None:
             with as_input_error("cannot start from initial_weights", FileNotFoundError, ValueError):
@@ -72,7 +73,7 @@ class RestorationTask(Task):
             if left_out and process_index() == 0:
                 print(f"initial_weights: {left_out}", file=sys.stderr)
 
-    def _make_losses(self) -> None:
+    def _check_losses(self) -> None:
         loss = self.config.loss
         if (loss.perceptual or loss.adversarial) and self.out_channels != 3:
             raise InputError(
@@ -80,7 +81,10 @@ class RestorationTask(Task):
             )
         if loss.intermediate and not hasattr(self.model, "forward_all"):
             raise InputError(f"{self.config.model.name} has no intermediate image for loss.intermediate")
-        self.perceptual: PerceptualLoss | None = None
+
+    def _make_losses(self) -> None:
+        loss = self.config.loss
+        seed_all("weights", self.config.train.seed, 1)
         if loss.perceptual:
             with as_input_error("loss.perceptual", FileNotFoundError, ValueError):
                 self.perceptual = PerceptualLoss(loss.vgg_weights)
@@ -134,7 +138,8 @@ class RestorationTask(Task):
         return restore(self.model, inputs)
 
     def train_loader(self) -> Iterable[Any]:
-        """Random crops as batches of `Pair`s."""
+        """Random crops as batches of `Pair`s; makes what training alone needs: VGG and discriminator."""
+        self._make_losses()
         data = self.config.data
         images = open_images(self.config, self.info, "train", max(data.patch_size, data.degraded_size or 0))
         crops = TrainingCrops(images, data.patch_size, data.repeat, data.permute_colors, data.degraded_size)
