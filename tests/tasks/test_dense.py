@@ -113,9 +113,9 @@ def test_images_without_objects_train(name: str):
         "masks": torch.zeros(0, *ODD, dtype=torch.uint8),
     }
     losses = net([torch.rand(3, *ODD)] * 2, [empty, empty])
-    total = torch.stack(list(losses.values())).sum()
-    total.backward()
-    assert total.isfinite()
+    torch.stack(list(losses.values())).sum().backward()
+    # Distributed training needs a gradient for every parameter here too.
+    assert without_gradient(net) == []
 
 
 def test_strides_that_others_have():

@@ -112,6 +112,7 @@ class DetectionTask(Task):
         super().__init__()
         self.config = config
         self.has_masks = config.detector.name == "mask_rcnn"
+        self._images: dict[bool, CocoImages] = {}
         if config.data.class_names is None:
             data = config.data.model_copy(update={"class_names": self._open(True).class_names})
             self.config = config.model_copy(update={"data": data})
@@ -205,6 +206,11 @@ class DetectionTask(Task):
         return images
 
     def _open(self, training: bool) -> CocoImages:
+        if training not in self._images:
+            self._images[training] = self._read(training)
+        return self._images[training]
+
+    def _read(self, training: bool) -> CocoImages:
         data = self.config.data
         if data.source == "scenes":
             root, split = scenes_root(data), "train" if training else "validation"
