@@ -37,7 +37,7 @@ from .drawing import draw_objects, in_square
 from .transforms import RandomScale, RandomSizedCrop, listed, plain
 
 _PICTURED_IMAGES = 4
-_PICTURED_SCORE = 0.5
+_PICTURED_SCORE = 0.3
 _STATISTICS = ("map", "map50", "map75", "map_small", "map_medium", "map_large")  # in COCOeval's order
 
 
@@ -160,7 +160,7 @@ class DetectionTask(Task):
         return results
 
     def draw(self, image: Image) -> Image:
-        """The image with what was found in it, as far as its score is at least a half."""
+        """The image with what was found in it, as far as its score is at least 0.3."""
         found = self.predict([image])[0]
         count = int((found["scores"] >= _PICTURED_SCORE).sum())
         labels = [
