@@ -37,6 +37,10 @@ class BackboneOptions(Section):
         description="images are filled up to multiples of it; null: where the network needs it",
     )
     norm_eval: bool = Field(default=False, description="keep the statistics of its batch norms as they are")
+    no_decay: list[str] = Field(
+        default=[],
+        description="parameters without weight decay, by parts of their names, beside its own choice",
+    )
 
 
 class DenseData(Section):
@@ -106,7 +110,7 @@ class DenseBackbone(nn.Module):
         self.body = body
         self.channels: list[int] = body.feature_info.channels()
         self.strides: list[int] = body.feature_info.reduction()
-        self.norm_eval = options.norm_eval
+        self.norm_eval, self.no_decay = options.norm_eval, options.no_decay
         stated: int | None = getattr(getattr(body, "model", body), "min_size", None)
         self.min_size = stated or 1
         self.size_divisor = options.size_divisor or self._needed_divisor(stated)
@@ -129,6 +133,17 @@ class DenseBackbone(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+    def undecayed(self) -> set[str]:
+        """Names of its parameters that are not decayed: by the network's own choice and by the options."""
+        network = getattr(self.body, "model", self.body)
+        own = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
+        prefix = "body." if network is self.body else "body.model."
+        return {prefix + name for name in own} | {
+            name
+            for name, _ in self.body.named_parameters(prefix="body")
+            if any(part in name for part in self.no_decay)
+        }
 
     def _filled(self, side: int) -> int:
         return self.size_divisor * math.ceil(max(side, self.min_size) / self.size_divisor)

@@ -37,7 +37,7 @@ from .drawing import draw_objects, in_square
 from .transforms import RandomScale, RandomSizedCrop, listed, plain
 
 _PICTURED_IMAGES = 4
-_PICTURED_SCORE = 0.5
+_PICTURED_SCORE = 0.3
 _STATISTICS = ("map", "map50", "map75", "map_small", "map_medium", "map_large")  # in COCOeval's order
 
 
@@ -112,6 +112,7 @@ class DetectionTask(Task):
         super().__init__()
         self.config = config
         self.has_masks = config.detector.name == "mask_rcnn"
+        self._images: dict[bool, CocoImages] = {}
         if config.data.class_names is None:
             data = config.data.model_copy(update={"class_names": self._open(True).class_names})
             self.config = config.model_copy(update={"data": data})
@@ -159,7 +160,7 @@ class DetectionTask(Task):
         return results
 
     def draw(self, image: Image) -> Image:
-        """The image with what was found in it, as far as its score is at least a half."""
+        """The image with what was found in it, as far as its score is at least 0.3."""
         found = self.predict([image])[0]
         count = int((found["scores"] >= _PICTURED_SCORE).sum())
         labels = [
@@ -205,6 +206,11 @@ class DetectionTask(Task):
         return images
 
     def _open(self, training: bool) -> CocoImages:
+        if training not in self._images:
+            self._images[training] = self._read(training)
+        return self._images[training]
+
+    def _read(self, training: bool) -> CocoImages:
         data = self.config.data
         if data.source == "scenes":
             root, split = scenes_root(data), "train" if training else "validation"

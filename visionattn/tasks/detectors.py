@@ -6,6 +6,7 @@ Anchors, pooling and padding follow from the strides that the backbone states.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.poolers import initLevelMapper
 
 from visionattn.engine.config import ModelConfig, Section
-from visionattn.engine.errors import as_input_error
+from visionattn.engine.errors import InputError, as_input_error, nearest
 
 from .dense import BackboneOptions, DenseBackbone, DenseData, create_body, pixel_statistics
 
@@ -125,9 +126,17 @@ def create_detector(
     if sizes is not None:
         shared.update(min_size=tuple(sizes[0]), max_size=sizes[1])
     kinds = (TypeError, ValueError)
-    make = {"mask_rcnn": _mask_rcnn, "retinanet": _retinanet, "fcos": _fcos}[options.name]
+    make, kind = _DETECTORS[options.name]
+    # torchvision passes over arguments that it does not know.
+    known = inspect.signature(kind.__init__).parameters
+    for name in options.kwargs:
+        if name not in known:
+            raise InputError(f"unknown key detector.kwargs.{name}: {nearest(name, known)}")
     with as_input_error(f"cannot build {options.name} with detector.kwargs {options.kwargs}", *kinds):
         detector = make(pyramid, options, num_classes + 1, {**shared, **options.kwargs})
+    # What timm asks of a network when it groups parameters for the optimizer.
+    undecayed = {f"backbone.{name}" for name in pyramid.undecayed()}
+    detector.no_weight_decay = lambda: undecayed
     if sizes is None:
         detector.transform = OwnSize(0, 0, mean, std, shared["size_divisible"])
     return detector
@@ -180,6 +189,13 @@ def _fcos(
     # One point per place; its "anchor" is the stride, by which the distances to the sides are measured.
     anchors = AnchorGenerator(tuple((stride,) for stride in pyramid.levels), ((1.0,),) * len(pyramid.levels))
     return FCOS(pyramid, num_classes, anchor_generator=anchors, **_thresholds(options), **kwargs)
+
+
+_DETECTORS: dict[str, tuple[Any, type]] = {
+    "mask_rcnn": (_mask_rcnn, MaskRCNN),
+    "retinanet": (_retinanet, RetinaNet),
+    "fcos": (_fcos, FCOS),
+}
 
 
 def _thresholds(options: DetectorOptions) -> dict[str, Any]:

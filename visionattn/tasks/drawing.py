@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_segmentation_masks
 
 from visionattn.data.images import to_pil, to_tensor
 
 _LONG_SIDE = 384  # pixels that smaller images are enlarged to, so that labels can be read
-_SWATCH = 14
+_SWATCH, _FONT_SIZE, _LABEL_HEIGHT = 14, 13, 16
 _INK, _PAPER = (32, 32, 32), (255, 255, 255)
 
 
@@ -46,9 +46,16 @@ def draw_objects(
     if masks is not None and len(masks):
         at_size = F.interpolate(masks[None].float().cpu(), pixels.shape[-2:], mode="nearest")[0] > 0.5
         pixels = draw_segmentation_masks(pixels, at_size, alpha=0.5, colors=colours)
-    if len(boxes):
-        pixels = draw_bounding_boxes(pixels, factor * boxes.cpu(), list(labels), colours, width=2)
-    return to_pil(pixels)
+    picture = to_pil(pixels)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_SIZE)
+    for corners, colour, label in zip((factor * boxes).tolist(), colours, labels, strict=True):
+        pen.rectangle(corners, outline=colour, width=2)
+        # The name stands on the box, or inside where there is no room above.
+        left, bottom = corners[0], max(corners[1], _LABEL_HEIGHT)
+        width = font.getlength(label) + 6
+        pen.rectangle((left, bottom - _LABEL_HEIGHT, left + width, bottom), fill=colour)
+        pen.text((left + 3, bottom - _LABEL_HEIGHT // 2), label, fill=_INK, font=font, anchor="lm")
+    return picture
 
 
 def draw_classes(
@@ -90,7 +97,7 @@ def _enlarged(image: Image.Image) -> tuple[Tensor, float]:
 
 
 def _with_legend(image: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
-    font, line = ImageFont.load_default(_SWATCH - 1), _SWATCH + 6
+    font, line = ImageFont.load_default(_FONT_SIZE), _SWATCH + 6
     places, x, y = [], 4, 3
     for name, _ in entries:
         width = _SWATCH + 16 + round(font.getlength(name))

@@ -88,6 +88,10 @@ class Segmenter(nn.Module):
             # Of four maps the third, of which the authors' heads are made too.
             self.auxiliary_head = FCNHead(widths[-2:][0], options.auxiliary_channels, num_classes)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones."""
+        return {f"backbone.{name}" for name in self.backbone.undecayed()}
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalised images to logits of each pixel.
 

@@ -73,7 +73,7 @@ class VariedCrop(nn.Module):
         self.size, self.max_share, self.ignored = size, max_share, ignored
 
     def forward(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """`[3, H, W]` and `[H, W]` to `[3, size, size]` and `[size, size]`."""
+        """`tv_tensors` `[3, H, W]` and `[H, W]` to `[3, size, size]` and `[size, size]`."""
         height, width = classes.shape[-2:]
         missing = [0, 0, max(0, self.size - width), max(0, self.size - height)]
         if any(missing):
