@@ -3,71 +3,71 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 EXAMPLE = """examples:
   python tools/benchmark.py models biformer_tiny hat_s_x4
   python tools/benchmark.py models biformer_tiny --size 512 512 --batch 8 --train --repeats 20
+  python tools/benchmark.py kernels na7 window16
+  python tools/benchmark.py simulate
+  python tools/benchmark.py simulate --size 128 128 --kernel 13 --query-tile 4 8 --key-tile 8 8
 """
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, but is {text}")
+    return int(text)
+
+
+def json_file(text: str) -> Path:
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"must end in .json, but is {text}")
+    return Path(text)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     shape = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **shape)
-    commands = parser.add_subparsers(required=True, metavar="WHAT")
+    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="command")
+
     text = "networks with our kernels against the attention of their authors' code"
     models = commands.add_parser("models", help=text, description=text, **shape)
-    models.set_defaults(command=compare_models)
     models.add_argument("names", metavar="NAME", nargs="+", help="a registered network")
-    models.add_argument("--size", metavar=("H", "W"), type=int, nargs=2, help="default: that of the family")
-    models.add_argument("--batch", metavar="N", type=int, default=1, help="images (default: %(default)s)")
-    models.add_argument(
-        "--threads", metavar="N", type=int, default=1, help="CPU threads (default: %(default)s)"
-    )
-    models.add_argument("--repeats", metavar="N", type=int, default=10, help="default: %(default)s")
+    models.add_argument("--size", metavar=("H", "W"), type=count, nargs=2, help="default: that of the family")
     models.add_argument("--train", action="store_true", help="forward and backward instead of inference")
-    models.add_argument("--device", help="default: a GPU where there is one")
-    models.add_argument(
-        "--output", metavar="FILE.json", type=Path, help="default: benchmarks/models_DEVICE[_train].json"
-    )
-    parsed = parser.parse_args(arguments)
-    for name in ("batch", "threads", "repeats"):
-        if getattr(parsed, name) < 1:
-            parser.error(f"--{name} must be at least 1, but is {getattr(parsed, name)}")
-    if parsed.output and parsed.output.suffix != ".json":
-        parser.error(f"--output must end in .json, but is {parsed.output}")
-    return parsed
 
+    text = "our kernels against PyTorch's, the published formulations and NATTEN, on named shapes"
+    kernels = commands.add_parser("kernels", help=text, description=text, **shape)
+    kernels.add_argument("names", metavar="NAME", nargs="*", help="a shape; default: all that fit the device")
+    kernels.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    for command in (models, kernels):
+        for name, default, what in (
+            ("batch", 1, "images"),
+            ("threads", 1, "CPU threads"),
+            ("repeats", 10, "rounds"),
+        ):
+            command.add_argument(
+                f"--{name}", metavar="N", type=count, default=default, help=f"{what} (default: %(default)s)"
+            )
+        command.add_argument("--device", help="default: a GPU where there is one")
+        command.add_argument("--output", metavar="FILE.json", type=json_file, help="default: in benchmarks/")
 
-def compare_models(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from visionattn.benchmark import models, report
-
-    torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = []
-    for row in models.compare_models(
-        arguments.names,
-        size=tuple(arguments.size) if arguments.size else None,
-        batch=arguments.batch,
-        repeats=arguments.repeats,
-        train=arguments.train,
-        device=device,
-    ):
-        rows.append(row)
-        print(f"{row.network} {row.input[2]}x{row.input[3]}: {row.ratio:.2f}x", file=sys.stderr)
-    print(report.table(rows))
-    default = f"benchmarks/models_{device.type}{'_train' if arguments.train else ''}.json"
-    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
-    report.save(rows, report.conditions(device), arguments.output or Path(default), command)
+    text = "tiles that a fused kernel of a local pattern visits; without options the known tilings"
+    simulate = commands.add_parser("simulate", help=text, description=text, **shape)
+    for name in ("size", "query-tile", "key-tile"):
+        simulate.add_argument(f"--{name}", metavar=("H", "W"), type=count, nargs=2)
+    for name in ("kernel", "stride", "dilation", "window"):
+        simulate.add_argument(f"--{name}", metavar="N", type=count)
+    simulate.add_argument("--shift", metavar="N", type=int, help="where windows begin")
+    simulate.add_argument("--causal", dest="is_causal", action="store_const", const=True)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    parsed = parse_arguments()  # first, so that --help does not wait for imports
+    parsed = vars(parse_arguments())  # first, so that --help does not wait for imports
+    from visionattn.benchmark import commands
     from visionattn.engine.cli import run_command
 
-    run_command(lambda: parsed.command(parsed))
+    run_command(lambda: commands.COMMANDS[parsed.pop("command")](**parsed))

@@ -11,13 +11,15 @@ import pytest
 import timm
 import torch
 
-from visionattn.benchmark import models
+from visionattn.benchmark import kernels, models, report
+from visionattn.benchmark.cases import CASES, Case
 from visionattn.benchmark.formulations import FORMULATIONS
-from visionattn.benchmark.measure import peak_memory, time_in_turn
+from visionattn.benchmark.measure import Timing, peak_memory, time_in_turn
 from visionattn.benchmark.zoo import model_names
 from visionattn.engine.errors import InputError
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[2] / "benchmarks"
 SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     "biformer": (
         "biformer_tiny",
@@ -113,6 +115,96 @@ def test_peak_memory_counts_what_is_held_at_one_time():
     assert peak_memory(call, CPU) == pytest.approx(8e6, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("windows", "window", 8, 2, 4, {"window_size": 4}, True),
+        Case("shifted", "window", 8, 2, 4, {"window_size": 4, "shift": 2}, True),
+        Case("neighborhoods", "neighborhood", 9, 2, 4, {"kernel_size": 4, "stride": 2}, True),
+        Case("plain", "neighborhood", 9, 1, 4, {"kernel_size": 3}),
+        Case("overlap", "overlap", 8, 2, 4, {"window_size": 4, "overlap": 1}, True),
+        Case("routed", "routed", 8, 2, 4, {"regions": 4, "topk": 3}),
+    ],
+    ids=lambda case: case.name,
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_kernels_and_their_peers_compute_the_same(case: Case, monkeypatch: pytest.MonkeyPatch):
+    # Compilation takes half a minute and changes no number.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setitem(CASES, case.name, case)
+    rows = list(kernels.compare_kernels([case.name], batch=2, repeats=1))
+    ran = {(row.implementation, row.mode): row for row in rows if row.time is not None}
+    for mode in ("forward", "forward+backward"):
+        assert ran["ours: torch", mode].ratio == 1
+        assert ran["ours: reference", mode].error == 0
+    assert len(ran) >= 6
+    for (name, _), row in ran.items():
+        assert row.error is not None
+        assert row.error < 1e-5 or name == "dense SDPA, all pairs"
+    for row in rows:
+        assert bool(row.reason) == (row.time is None)
+    reasons = {row.implementation: row.reason for row in rows if row.reason}
+    assert "triton" in reasons["ours: triton"]
+    if case.kind == "neighborhood":
+        assert reasons["NATTEN"] == "RuntimeError: NATTEN is not installed"
+    page = kernels.page(rows)
+    assert all(len(row.cells()) == len(page.columns) for row in rows)
+
+
+def test_large_shapes_are_left_out_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    large = {name: case for name, case in CASES.items() if case.is_large}
+    assert set(large) == {"na80_stride1", "na80_stride16"}
+    monkeypatch.setattr(kernels, "CASES", large)
+    assert [row.reason.split(":")[0] for row in kernels.compare_kernels()] == ["left out"] * 2
+
+
+def test_the_simulator_prints_the_known_tilings(run_tool):
+    status, printed, _ = run_tool("benchmark.py", "simulate")
+    assert status == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
+    costs = {tuple(line[:5]): line[-2:] for line in lines}
+    assert costs["56x56", "kernel 7, stride 1", "8x8", "8x8", "floating"][0] == "5.2"
+    assert costs["56x56", "kernel 7, stride 1", "8x8", "8x8", "aligned"][0] == "9.6"
+    assert costs["256x256", "kernel 80, stride 16", "16x8", "16x8", "aligned"] == ["1.0", "10.24x"]
+    options = ["--window", "7", "--shift", "3", "--size", "56", "56", "--query-tile", "7", "7"]
+    status, printed, _ = run_tool("benchmark.py", "simulate", *options, "--key-tile", "7", "7")
+    assert status == 0
+    assert "windows of 7, shift 3" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kernel", "60"], "needs sides of at least 60, but --size is 56 56"),
+        (["--kernel", "3", "--stride", "4"], "--stride must be at most --kernel 3, but is 4"),
+        (["--kernel", "3", "--window", "4"], "give --kernel or --window"),
+        (["--stride", "4"], "give --kernel or --window"),
+        (["--window", "4", "--stride", "2"], "--stride goes with --kernel only"),
+        (["--kernel", "3", "--shift", "2"], "--shift goes with --window only"),
+        (["--window", "4", "--shift", "4"], "--shift must lie in 0..3, but is 4"),
+    ],
+)
+def test_bad_options_of_the_simulator(run_tool, options: list[str], message: str):
+    status, printed, error = run_tool("benchmark.py", "simulate", *options)
+    assert (status, printed) == (2, "")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_pages_show_the_committed_results(path: Path):
+    module, kind = (kernels, kernels.Measurement) if "kernels" in path.stem else (models, models.Comparison)
+    content = json.loads(path.read_text())
+    rows: list[Any] = []
+    for line in content["results"]:
+        timings = {name: Timing(**value) for name, value in line.items() if isinstance(value, dict)}
+        rows.append(kind(**{**line, **timings}))
+    page, text = module.page(rows), path.with_suffix(".md").read_text()
+    assert report.table(page.columns, [row.cells() for row in rows]) in text
+    assert report.notes(page) in text
+    assert f"`{content['command']}`" in text
+
+
 def test_calls_take_turns():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
@@ -133,14 +225,18 @@ def test_command_line(run_tool, tmp_path: Path):
     assert row["difference"] < 1e-5
     assert {"command", "machine", "date", "versions", "clock", "threads"} <= set(content)
     page = output.with_suffix(".md").read_text()
-    assert printed.strip() in page
+    assert printed.split("\n\n")[0] in page
     assert content["machine"] in page
 
     status, _, error = run_tool("benchmark.py", "models", "biformer_tinny")
     assert status == 2
     assert error.startswith("error: unknown network 'biformer_tinny': did you mean biformer_tiny, ")
     assert len(error.splitlines()) == 1
+    status, _, error = run_tool("benchmark.py", "kernels", "window9")
+    assert status == 2
+    assert error.startswith("error: unknown shape 'window9': did you mean window8, ")
     assert run_tool("benchmark.py", "models", "biformer_tiny", "--repeats", "0")[0] == 2
+    assert run_tool("benchmark.py", "models", "biformer_tiny", "--device", "abacus")[0] == 2
     status, printed, _ = run_tool("benchmark.py", "--help")
     assert status == 0
     assert "examples:" in printed

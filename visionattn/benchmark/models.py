@@ -16,6 +16,7 @@ from visionattn.engine.errors import InputError, as_input_error, nearest
 from .accelerated import timm_formulation
 from .formulations import FORMULATIONS, Formulation
 from .measure import Call, Timing, peak_memory, time_in_turn
+from .report import Page, memory_cell, time_cell
 from .zoo import model_names
 
 
@@ -46,6 +47,41 @@ class Comparison:
     authors_memory: int | None
     difference: float
     formulation: str
+
+    def cells(self) -> tuple[str, ...]:
+        """The line under the columns of `page`."""
+        return (
+            self.network,
+            "x".join(map(str, self.input)),
+            self.mode,
+            *map(time_cell, (self.ours, self.authors)),
+            f"{self.ratio:.2f}x",
+            *map(memory_cell, (self.our_memory, self.authors_memory)),
+            f"{self.difference:.1e}",
+        )
+
+
+def page(rows: Sequence[Comparison]) -> Page:
+    """What stands around these lines."""
+    return Page(
+        "Our kernels against the authors' formulation",
+        (
+            "network",
+            "input",
+            "mode",
+            "ours",
+            "authors",
+            "ratio",
+            "our memory",
+            "authors' memory",
+            "difference",
+        ),
+        "Both run in one process and in turn, in the same network with the same weights. Time: median, ± the "
+        "difference of the quartiles. Ratio: time of the authors' formulation divided by ours. Memory: the "
+        "most that PyTorch allocates at one time during the pass, weights and input not counted. Difference: "
+        "largest difference of the outputs, relative to the largest output.",
+        [f"{name}: {what}" for name, what in sorted({(row.network, row.formulation) for row in rows})],
+    )
 
 
 def compare_models(

@@ -5,30 +5,42 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from visionattn.engine.run_folder import replacing
 
-from .measure import clock_name
-from .models import Comparison
+from .measure import Timing, clock_name
 
-_COLUMNS = (
-    "network",
-    "input",
-    "mode",
-    "ours",
-    "authors",
-    "ratio",
-    "our memory",
-    "authors' memory",
-    "difference",
-)
+
+class Row(Protocol):
+    """One line of results: a dataclass that also writes itself under the columns of its page."""
+
+    def cells(self) -> tuple[str, ...]:
+        """The line as text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Page:
+    """What stands around the lines of one kind of benchmark.
+
+    Attributes:
+        title: the heading of the page.
+        columns: the heading of each column.
+        explanation: what the columns mean.
+        notes: lines about these results.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    explanation: str
+    notes: Sequence[str] = field(default=())
 
 
 def conditions(device: torch.device) -> dict[str, str]:
@@ -43,54 +55,58 @@ def conditions(device: torch.device) -> dict[str, str]:
     }
 
 
-def table(rows: Sequence[Comparison]) -> str:
-    """The comparisons as a Markdown table, aligned so that it also reads well in a terminal."""
-    cells = [_COLUMNS, *(_cells(row) for row in rows)]
+def table(columns: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+    """Lines as a Markdown table, aligned so that it also reads well in a terminal."""
+    cells = [columns, *lines]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+    rows = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells]
+    rows.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(rows)
 
 
-def save(rows: Sequence[Comparison], facts: dict[str, str], path: Path, command: str) -> None:
+def notes(page: Page) -> str:
+    """The notes of a page as a list."""
+    return "\n".join(f"- {note}" for note in page.notes)
+
+
+def save(page: Page, rows: Sequence[Row], facts: dict[str, str], path: Path, command: str) -> None:
     """Write the results to `path` as JSON and beside it, with the ending `.md`, to read.
 
     Args:
-        rows: the comparisons.
+        page: what stands around the lines.
+        rows: the results, dataclasses.
         facts: what `conditions` said.
         path: the JSON file; an existing one is replaced.
         command: the command line that gave these numbers.
     """
-    content: dict[str, Any] = {"command": command, **facts, "results": [asdict(row) for row in rows]}
-    page = [
-        "# Our kernels against the authors' formulation",
+    results: list[Any] = [asdict(row) for row in rows]  # pyright: ignore[reportArgumentType]
+    content = {"command": command, **facts, "results": results}
+    text = [
+        f"# {page.title}",
         f"`{command}`",
         "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
-        table(rows),
-        "Both run in one process and in turn, in the same network with the same weights. Time: median, ± the "
-        "difference of the quartiles. Ratio: time of the authors' formulation divided by ours. Memory: the "
-        "most that PyTorch allocates at one time during the pass, weights and input not counted. Difference: "
-        "largest difference of the outputs, relative to the largest output.",
-        "\n".join(f"- {name}: {what}" for name, what in sorted({(r.network, r.formulation) for r in rows})),
+        table(page.columns, [row.cells() for row in rows]),
+        page.explanation,
+        notes(page),
     ]
-    for file, text in (
+    for file, written in (
         (path, json.dumps(content, indent=2) + "\n"),
-        (path.with_suffix(".md"), "\n\n".join(page) + "\n"),
+        (path.with_suffix(".md"), "\n\n".join(filter(None, text)) + "\n"),
     ):
         with replacing(file) as beside:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_text(written, encoding="utf-8")
 
 
-def _cells(row: Comparison) -> tuple[str, ...]:
-    return (
-        row.network,
-        "x".join(map(str, row.input)),
-        row.mode,
-        *(f"{t.median * 1e3:.1f} ms ± {t.spread:.0%}" for t in (row.ours, row.authors)),
-        f"{row.ratio:.2f}x",
-        *("-" if n is None else f"{n / 2**20:.0f} MiB" for n in (row.our_memory, row.authors_memory)),
-        f"{row.difference:.1e}",
-    )
+def time_cell(timing: Timing) -> str:
+    """Median and spread."""
+    return f"{timing.median * 1e3:.1f} ms ± {timing.spread:.0%}"
+
+
+def memory_cell(size: int | None) -> str:
+    """Bytes in MiB."""
+    if size is None:
+        return "-"
+    return f"{size / 2**20:.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
 
 
 def _machine(device: torch.device) -> str:

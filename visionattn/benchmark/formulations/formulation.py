@@ -16,14 +16,14 @@ class Formulation:
     """How the authors of a family write its attention.
 
     Attributes:
-        module: the file whose kernels are replaced.
-        functions: replacements by the names that the file imports.
+        module: the file, or the class, whose functions are replaced.
+        functions: replacements by the names that they have there.
         sizes: inputs (height, width) that a comparison uses unless told otherwise.
         what: the formulation in a few words.
         per_forward: caches that the authors' network fills anew in every forward pass.
     """
 
-    module: ModuleType
+    module: ModuleType | type
     functions: dict[str, Callable[..., Tensor]]
     sizes: tuple[tuple[int, int], ...]
     what: str
