@@ -97,7 +97,7 @@ def compare_models(
 
     Args:
         names: registered networks.
-        size: height and width of the inputs; the sizes of the family by default.
+        size: height and width of the inputs; the sizes of the family, or of the variant, by default.
         batch: images per input.
         repeats: measured rounds.
         train: forward and backward in training mode instead of inference.
@@ -112,7 +112,7 @@ def compare_models(
         torch.manual_seed(0)
         net: Any = timm.create_model(name, device=device).train(train)
         formulation.prepare(net)
-        for height, width in [size] if size else formulation.sizes:
+        for height, width in [size] if size else formulation.sizes or [net.default_cfg["input_size"][1:]]:
             image = torch.rand(batch, net.in_chans, height, width, device=device)
             with as_input_error(f"cannot run {name} at {height}x{width}", ValueError):
                 yield compare(net, name, formulation, image, repeats)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from types import ModuleType
 
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ class Formulation:
     """How the authors of a family write its attention.
 
     Attributes:
-        module: the file, or the class, whose functions are replaced.
-        functions: replacements by the names that they have there.
-        sizes: inputs (height, width) that a comparison uses unless told otherwise.
+        module: the file, package or class in which something is replaced.
+        functions: replacements by their names there: of kernels that the file imports, or, after dots, of
+            methods, as `"layers.AgentAttention2d.forward"`.
+        sizes: inputs (height, width) that a comparison uses unless told otherwise; empty for the input size
+            of the variant.
         what: the formulation in a few words.
         per_forward: caches that the authors' network fills anew in every forward pass.
     """
@@ -40,15 +43,18 @@ class Formulation:
             for clear in self.per_forward:
                 clear()
 
-        ours = {name: getattr(self.module, name) for name in self.functions}
+        ours = {name: attrgetter(name)(self.module) for name in self.functions}
         hook = net.register_forward_pre_hook(start_forward)
-        for name, function in self.functions.items():
-            setattr(self.module, name, function)
+        self._replace(self.functions)
         try:
             # Attention that a family leaves to PyTorch is written out in products there.
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
             hook.remove()
-            for name, function in ours.items():
-                setattr(self.module, name, function)
+            self._replace(ours)
+
+    def _replace(self, functions: dict[str, Callable[..., Tensor]]) -> None:
+        for name, function in functions.items():
+            *owner, leaf = name.split(".")
+            setattr(attrgetter(".".join(owner))(self.module) if owner else self.module, leaf, function)

@@ -22,7 +22,7 @@ def rolled_window_attention(
     if shift:
         q, k, v = (x.roll((-shift, -shift), (1, 2)) for x in (q, k, v))
     q, k, v = (window_heads(x, window_size) for x in (q, k, v))
-    logits = (q * dim**-0.5) @ k.transpose(2, 3) + _gathered_bias(bias, window_size, 0)
+    logits = (q * dim**-0.5) @ k.transpose(2, 3) + gathered_bias(bias, window_size, 0)
     if shift:
         mask = shift_mask(height, width, window_size, shift, q.device)
         logits = (logits.unflatten(0, (batch, -1)) + mask[:, None]).flatten(0, 1)
@@ -42,14 +42,20 @@ def unfolded_window_attention(
     kv = F.unfold(kv, side, padding=overlap, stride=window_size).unflatten(1, (2, heads, dim, side**2))
     k, v = kv.permute(1, 0, 5, 2, 4, 3).flatten(1, 2).contiguous()
     q = window_heads(q, window_size)
-    logits = (q * dim**-0.5) @ k.transpose(2, 3) + _gathered_bias(bias, window_size, overlap)
+    logits = (q * dim**-0.5) @ k.transpose(2, 3) + gathered_bias(bias, window_size, overlap)
     out = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
     return merge(out, (window_size, window_size), height, width).unflatten(-1, (heads, dim))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
     """-100 between pixels of a rolled window that were not adjacent: `[windows, window², window²]`."""
+    # What inference mode makes, no later training could use.
+    with torch.inference_mode(False):
+        return _shift_mask(height, width, window, shift, device)
+
+
+def _shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
     label = torch.zeros(1, height, width, 1, device=device)
     cuts = (slice(-window), slice(-window, -shift), slice(-shift, None))
     for i, rows in enumerate(cuts):
@@ -59,9 +65,10 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
     return ((label[:, None] - label[:, :, None]) != 0) * -100.0
 
 
-def _gathered_bias(table: Tensor, window: int, overlap: int) -> Tensor:
+def gathered_bias(table: Tensor, window: int, overlap: int) -> Tensor:
     """The bias `[heads, window², key_window²]`, gathered through an index of every pair at every call."""
-    index = _pair_index(window, overlap, table.device)
+    with torch.inference_mode(False):
+        index = _pair_index(window, overlap, table.device)
     bias = table.flatten(1).t().contiguous()[index.flatten()]
     return bias.view(*index.shape, -1).permute(2, 0, 1).contiguous()
 

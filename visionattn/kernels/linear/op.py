@@ -13,12 +13,24 @@ from torch import Tensor
 
 from ..checks import check_qkv
 from ..dispatch import Operator
-from . import pytorch, reference
+from . import library, pytorch, reference
 
 Normalize = Literal["sum", "injective", "none"]
 
-LINEAR_ATTENTION = Operator("linear_attention", reference.linear_attention, pytorch.linear_attention)
-AGENT_ATTENTION = Operator("agent_attention", reference.agent_attention, pytorch.agent_attention)
+LINEAR_ATTENTION = Operator(
+    "linear_attention",
+    reference.linear_attention,
+    pytorch.linear_attention,
+    library.linear_attention,
+    library.refuses,
+)
+AGENT_ATTENTION = Operator(
+    "agent_attention",
+    reference.agent_attention,
+    pytorch.agent_attention,
+    library.agent_attention,
+    library.refuses,
+)
 
 
 def linear_attention(

@@ -1,0 +1,61 @@
+"""Agent attention as published: biases resized in every pass, softmax over rows of few agents."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import visionattn
+from visionattn.layers import AgentAttention2d
+from visionattn.layers.maps import as_tokens
+
+from .formulation import Formulation
+from .linear_hosts import FUNCTIONS, Size
+
+
+def agent_attention(self: AgentAttention2d, x: Tensor, size: Size | None = None) -> Tensor:
+    """The forward pass of the published layer."""
+    tokens, size, prefix = as_tokens(x, size)
+    batch, count, channels = tokens.shape
+    heads, side = self.num_heads, self.agents
+    q, k, v = self.qkv(tokens).reshape(batch, count, 3, channels).permute(2, 0, 1, 3)
+    pooled = F.adaptive_avg_pool2d(q[:, prefix:].unflatten(1, size).permute(0, 3, 1, 2), side)
+    agents = pooled.reshape(batch, channels, -1).permute(0, 2, 1)
+    q, k, v, agents = (
+        t.reshape(batch, -1, heads, channels // heads).transpose(1, 2) for t in (q, k, v, agents)
+    )
+    scale = q.shape[-1] ** -0.5
+
+    coarse = F.interpolate(self.an_bias, size=size, mode="bilinear")
+    bias = _repeated(coarse.reshape(1, heads, side**2, -1), batch)
+    bias = bias + _repeated((self.ah_bias + self.aw_bias).reshape(1, heads, side**2, -1), batch)
+    if self.ac_bias is not None:
+        bias = torch.cat([_repeated(self.ac_bias, batch), bias], -1)
+    gathered = ((agents * scale) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+
+    coarse = F.interpolate(self.na_bias, size=size, mode="bilinear")
+    bias = _repeated(coarse.reshape(1, heads, side**2, -1).permute(0, 1, 3, 2), batch)
+    bias = bias + _repeated((self.ha_bias + self.wa_bias).reshape(1, heads, -1, side**2), batch)
+    if self.ca_bias is not None:
+        bias = torch.cat([_repeated(self.ca_bias, batch), bias], -2)
+    out = ((q * scale) @ agents.transpose(-2, -1) + bias).softmax(-1) @ gathered
+
+    out = out.transpose(1, 2).reshape(batch, count, channels)
+    values = v[:, :, prefix:].transpose(1, 2).reshape(batch, *size, channels).permute(0, 3, 1, 2)
+    local = self.dwc(values).permute(0, 2, 3, 1).reshape(batch, -1, channels)
+    out = torch.cat([out[:, :prefix], out[:, prefix:] + local], 1) if prefix else out + local
+    return self.proj(out).view_as(x)
+
+
+def _repeated(bias: Tensor, batch: int) -> Tensor:
+    return bias.repeat(batch, 1, 1, 1)
+
+
+FORMULATION = Formulation(
+    visionattn,
+    {**FUNCTIONS, "layers.AgentAttention2d.forward": agent_attention},
+    (),
+    "biases resized and repeated, matmul-softmax-matmul over few agents; hosts in planes, rolled windows, "
+    "stripes copied three times",
+)
