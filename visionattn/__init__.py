@@ -4,11 +4,13 @@
 >>> net = timm.create_model("biformer_tiny", features_only=True)
 >>> sr = timm.create_model("hat_x4")
 >>> visionattn.load_checkpoint(sr, "HAT_SRx4.pth")
+>>> image = visionattn.run_within(sr.eval(), image, "2GB")  # large images in little memory, exactly
 >>> y = visionattn.kernels.window_attention(q, k, v, window_size=7)
 """
 
 from . import kernels, models
 from .checkpoints import identify, load_checkpoint, save_checkpoint
+from .inference import run_within
 from .integrations.timm_attention import accelerate, restore
 
 __version__ = "0.1.0"
@@ -19,5 +21,6 @@ __all__ = [
     "load_checkpoint",
     "models",
     "restore",
+    "run_within",
     "save_checkpoint",
 ]

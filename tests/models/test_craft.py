@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.models import list_models
+from torch import nn
 
 import visionattn
 from visionattn.models.craft import CRAFT, ChannelAttention, WindowBlock, checkpoint_filter_fn
@@ -74,13 +75,15 @@ def test_channel_attention_follows_its_formula():
         q, k = (t / t.norm(dim=-1, keepdim=True) for t in (q, k))
         logits = torch.einsum("bhcn,bhdn->bhcd", q, k)
         out = ((logits * layer.temperature).softmax(-1) @ v).reshape(2, 12, 5, 7).permute(0, 2, 3, 1)
-        torch.testing.assert_close(layer(low, high), layer.proj(out), rtol=1e-10, atol=1e-12)
+        added = layer.add_to(low, high, nn.Identity())
+        torch.testing.assert_close(added, low + layer.proj(out), rtol=1e-10, atol=1e-12)
 
 
 def test_channel_weights_keep_float32_under_autocast():
     layer = ChannelAttention(12, 3)
+    maps = torch.rand(2, 1, 4, 5, 12).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        weights = layer._weights(torch.rand(1, 20, 12).bfloat16(), torch.rand(1, 20, 12).bfloat16())
+        weights = layer._weights(*maps, nn.Identity())
     assert weights.dtype == torch.float32
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import window_attention
+from .bands import by_bands
 from .maps import on_nhwc
 
 
@@ -115,27 +116,65 @@ class RectangleWindowAttention(nn.Module):
             DynamicPositionBias(dim // 2 // 4 // 4, num_heads // 2, window, **dd) for window in self.windows
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`."""
+    def forward(self, x: Tensor, top: int | None = None, height: int | None = None) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`.
+
+        Args:
+            x: a map, or a band of its rows.
+            top: the row of the map that a band begins with; it may lie outside a torus.
+            height: rows of the map, if `x` is a band.
+        """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        place = None if top is None or height is None else (top, height)
         out = [
-            self._attend(half, window, bias())
+            self._attend(half, window, bias(), place)
             for half, window, bias in zip(qkv.chunk(2, 4), self.windows, self.position_bias)
         ]
-        local = on_nhwc(self.lepe, qkv[..., 2, :, :].flatten(3))
+        values = qkv[..., 2, :, :].flatten(3)
+        if place is None:
+            local = on_nhwc(self.lepe, values)
+        else:
+            # A torus is one to windows only: the convolution sees the borders of the map inside a band.
+            borders = [row - place[0] for row in (0, place[1]) if 0 < row - place[0] < x.shape[1]]
+            local = torch.cat([on_nhwc(self.lepe, part) for part in values.tensor_split(borders, 1)], 1)
         return self.proj(torch.cat(out, 3).flatten(3) + local)
 
-    def _attend(self, qkv: Tensor, window: tuple[int, int], bias: Tensor | None) -> Tensor:
-        """`[B, H, W, 3, heads, d]` to `[B, H, W, heads, d]`."""
-        height, width = qkv.shape[1:3]
+    def add_to(self, x: Tensor, norm: nn.Module, drop_path: nn.Module) -> Tensor:
+        """`x + drop_path(self(norm(x)))` of a map `[B, H, W, C]`, by bands."""
+        torus, height = self.shifted and not self.mask_shift, x.shape[1]
+        lower, higher = sorted(rows for rows, _ in self.windows)
+
+        def attend(rows: Tensor, top: int | None) -> Tensor:
+            return rows + drop_path(self(norm(rows), top, height))
+
+        # Bands end with windows of the higher kind. Across their ends reach the convolution, by one row, and
+        # when shifted the lower windows, by half of theirs.
+        offset, halo = (higher // 2, max(lower // 2, 1)) if self.shifted else (0, 1)
+        return by_bands(attend, x, halo=halo, align=higher, offset=offset, wrap=torus, placed=True)
+
+    def _attend(
+        self, qkv: Tensor, window: tuple[int, int], bias: Tensor | None, place: tuple[int, int] | None
+    ) -> Tensor:
+        """`[B, H, W, 3, heads, d]` to `[B, H, W, heads, d]`; `place` as in `forward`."""
+        rows, width = qkv.shape[1:3]
+        top, height = place or (0, rows)
         shift = (window[0] // 2, window[1] // 2) if self.shifted else (0, 0)
         fill = [-side % max(window) for side in (height, width)]
         if self.mask_shift:
             # Windows that would hold nothing but zeros are left out; a torus needs its full size.
             rest = [(s - side) % w for side, w, s in zip((height, width), window, shift)]
             fill = [min(pair) for pair in zip(fill, rest)]
+        if top + rows != height:
+            fill[0] = 0
         if any(fill):
             qkv = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, fill[1], 0, fill[0]))
-        q, k, v = qkv.unbind(3)
-        out = window_attention(q, k, v, window, shift=shift, mask_shift=self.mask_shift, bias=bias)
-        return out[:, :height, :width]
+        if place is None:
+            q, k, v = qkv.unbind(3)
+            out = window_attention(q, k, v, window, shift=shift, mask_shift=self.mask_shift, bias=bias)
+            return out[:, :rows, :width]
+        # The rows of a torus are those of the band; its columns have to be moved.
+        roll = 0 if self.mask_shift else shift[1]
+        q, k, v = qkv.roll(-roll, 2).unbind(3) if roll else qkv.unbind(3)
+        local = ((shift[0] - top) % window[0], shift[1] - roll)
+        out = window_attention(q, k, v, window, shift=local, bias=bias)
+        return (out.roll(roll, 2) if roll else out)[:, :rows, :width]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.models._manipulate import checkpoint_seq
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from .bands import by_bands
 from .maps import on_nhwc
 
 
@@ -36,6 +37,7 @@ class ResidualGroup(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        checkpointing = self.grad_checkpointing and self.training
-        y = checkpoint_seq(self.blocks, x) if checkpointing else self.blocks(x)
-        return x + on_nhwc(self.conv, y)
+        y = x
+        for block in self.blocks:
+            y = checkpoint(block, y) if self.grad_checkpointing and self.training else block(y)
+        return by_bands(lambda x, y: x + on_nhwc(self.conv, y), x, y, halo=1)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.bands import by_bands
+from ..layers.maps import on_nhwc
 from ._layout import Shapes, build
 
 RestorationTask = Literal[
@@ -23,6 +26,10 @@ RestorationTask = Literal[
 
 # Mean colour of the DIV2K training set, which super-resolution networks subtract and add back.
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
+
+# Rows of features on which a row of the image depends at most through one 3x3 convolution at their size,
+# `upsampler`, and one at that of the image.
+TAIL_HALO = 3
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,33 @@ def upscale_of(shapes: Shapes) -> int:
     names = [name for name in shapes.names if name.startswith("upsample.") and name.endswith(".weight")]
     steps = [shapes[name] for name in names]
     return math.prod(math.isqrt(rows // columns) for rows, columns, *_ in steps)
+
+
+def run_body(
+    x: Tensor, conv_first: nn.Module, layers: Iterable[nn.Module], norm: nn.Module, conv_after_body: nn.Module
+) -> Tensor:
+    """`conv_after_body(norm(layers(f))) + f` with `f = conv_first(x)`.
+
+    Args:
+        x: images `[B, in_chans, H, W]`.
+        conv_first: a 3x3 convolution, as `conv_after_body`.
+        layers: modules on `[B, H, W, C]`, one after the other.
+        norm: a module on single pixels of `[B, H, W, C]`.
+        conv_after_body: see `conv_first`.
+
+    Returns:
+        `[B, C, H, W]`.
+    """
+    x = x.permute(0, 2, 3, 1).contiguous()
+    y = on_nhwc(conv_first, x)
+    for layer in layers:
+        y = layer(y)
+
+    def close(y: Tensor, x: Tensor) -> Tensor:
+        # The first convolution runs again: its output would have to be kept all the time.
+        return on_nhwc(conv_after_body, norm(y)) + on_nhwc(conv_first, x)
+
+    return by_bands(close, y, x, halo=1).permute(0, 3, 1, 2)
 
 
 def super_resolution_cfg(results: str, **kwargs: Any) -> dict[str, Any]:

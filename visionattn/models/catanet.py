@@ -22,9 +22,18 @@ from torch import Tensor, nn
 
 from ..kernels import window_attention
 from ..kernels.precision import at_least_float32, without_autocast
+from ..layers.bands import by_bands, fold_by_bands
 from ..layers.maps import mirror_index, on_nhwc
 from ._layout import Layout, Names, Shapes, Weights, converter
-from ._restoration import RestorationInfo, build_restoration, super_resolution_cfg, upsampler, upscale_of
+from ._restoration import (
+    TAIL_HALO,
+    RestorationInfo,
+    build_restoration,
+    run_body,
+    super_resolution_cfg,
+    upsampler,
+    upscale_of,
+)
 from ._shared import check_size
 
 __all__ = ["CATANet"]
@@ -157,10 +166,12 @@ class TokenAggregation(nn.Module):
             if self.training:
                 means = _segment_means(tokens.detach(), self.num_centres)
                 centres = self._refine(tokens, torch.where(initialised, centres, means))
-            order = torch.argsort(_nearest(_unit(tokens), _unit(centres)), dim=-1, stable=True)
-        out = self._attend(tokens, order, centres)
-        x = x + self.out(self.proj(out)).view_as(x)
-        return x + self.mlp(x), centres.detach()
+            directions = _unit(centres)
+            nearest = by_bands(lambda tokens: _nearest(_unit(tokens), directions), tokens)
+            order = torch.argsort(nearest, dim=-1, stable=True)
+        out = self._attend(tokens, order, centres).view_as(x)
+        x = by_bands(lambda x, out: x + self.out(self.proj(out)), x, out, into=out)
+        return by_bands(lambda x: x + self.mlp(x), x, halo=2), centres.detach()
 
     def _refine(self, tokens: Tensor, centres: Tensor) -> Tensor:
         tokens = _unit(tokens)
@@ -175,16 +186,23 @@ class TokenAggregation(nn.Module):
         size = min(count, self.group_size)
         groups = -(-count // size)
         # The last group is filled up, and followed, by the mirror image of the sequence.
-        sequence = order[:, mirror_index(count, (groups + 1) * size, order.device), None].expand(-1, -1, dim)
-        q, k, v = self.qkv(tokens.gather(1, sequence)).unflatten(1, (groups + 1, size)).unbind(3)
-        k, v = (torch.cat((t[:, :-1], t[:, 1:]), 2) for t in (k, v))
-        q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q[:, :-1], k, v))
+        sequence = order[:, mirror_index(count, (groups + 1) * size, order.device)].unflatten(1, (-1, size))
         of_centres = self.centre_kv(centres.to(tokens.dtype)).transpose(0, 2)
-        k_centres, v_centres = of_centres.expand(batch * groups, -1, -1, -1, -1).unbind(2)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.qkv.scale)
-        out = out + F.scaled_dot_product_attention(q, k_centres, v_centres, scale=self.qkv.scale)
-        out = self.qkv.join(out.transpose(1, 2)).unflatten(0, (batch, groups)).flatten(1, 2)[:, :count]
-        return out.scatter(1, sequence[:, :count], out)
+
+        def attend(own: Tensor, following: Tensor) -> Tensor:
+            """`[B, groups, size, C]` of pixels `[B, groups, size]` and those of the groups behind them."""
+            groups = own.shape[1]
+            pixels = torch.cat((own, following[:, -1:]), 1).flatten(1)[..., None].expand(-1, -1, dim)
+            q, k, v = self.qkv(tokens.gather(1, pixels)).unflatten(1, (groups + 1, size)).unbind(3)
+            k, v = (torch.cat((t[:, :-1], t[:, 1:]), 2) for t in (k, v))
+            q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q[:, :-1], k, v))
+            k_centres, v_centres = of_centres.expand(batch * groups, -1, -1, -1, -1).unbind(2)
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.qkv.scale)
+            out = out + F.scaled_dot_product_attention(q, k_centres, v_centres, scale=self.qkv.scale)
+            return self.qkv.join(out.transpose(1, 2)).unflatten(0, (batch, groups))
+
+        out = by_bands(attend, sequence[:, :-1], sequence[:, 1:]).flatten(1, 2)[:, :count]
+        return out.scatter(1, order[..., None].expand(-1, -1, dim), out)
 
 
 class LocalAttention(nn.Module):
@@ -224,15 +242,25 @@ class LocalAttention(nn.Module):
         (rows, row_times, row_factor), (columns, column_times, column_factor) = (
             _overlapping_patches(side, self.patch_size, x.device) for side in x.shape[1:3]
         )
-        patches = self.norm(x).index_select(1, rows).index_select(2, columns)
-        q, k, v = self.qkv(patches).unbind(3)
-        out = self.qkv.join(window_attention(q, k, v, self.patch_size, scale=self.qkv.scale))
-        out = out.new_zeros(*out.shape[:2], *x.shape[2:]).index_add(2, columns, out)
-        out = out.new_zeros(x.shape).index_add(1, rows, out)
-        factor = (row_factor[:, None] * column_factor).to(x.dtype)[..., None]
-        times = (row_times[:, None] * column_times)[..., None]
-        x = x * (times * factor) + self.proj(out * factor)
-        return x + self.mlp(x)
+
+        def attend(total: Tensor, rows: Tensor, core: slice) -> Tensor:
+            """Adds the rows of patches that begin at `rows[:, 0]` to the map."""
+            rows = rows.flatten()
+            patches = self.norm(x.index_select(1, rows)).index_select(2, columns)
+            q, k, v = self.qkv(patches).unbind(3)
+            out = self.qkv.join(window_attention(q, k, v, self.patch_size, scale=self.qkv.scale))
+            out = out.new_zeros(*out.shape[:2], *x.shape[2:]).index_add(2, columns, out)
+            return total.index_add_(1, rows, out.to(total.dtype))
+
+        out = fold_by_bands(attend, torch.zeros_like(x), rows.view(-1, self.patch_size), dim=0)
+        factor = (row_factor[:, None] * column_factor).to(x.dtype)[None, ..., None]
+        times = (row_times[:, None] * column_times)[None, ..., None] * factor
+
+        def add(x: Tensor, out: Tensor, factor: Tensor, times: Tensor) -> Tensor:
+            return x * times + self.proj(out * factor)
+
+        x = by_bands(add, x, out, factor, times, into=out)
+        return by_bands(lambda x: x + self.mlp(x), x, halo=2)
 
 
 class Block(nn.Module):
@@ -286,7 +314,8 @@ class Block(nn.Module):
 
     def _forward(self, x: Tensor, centres: Tensor, initialised: Tensor) -> tuple[Tensor, Tensor]:
         y, centres = self.aggregation(x, centres, initialised)
-        return x + on_nhwc(self.conv, self.local(y)), centres
+        y = self.local(y)
+        return by_bands(lambda x, y: x + on_nhwc(self.conv, y), x, y, halo=1), centres
 
 
 class CATANet(nn.Module):
@@ -382,8 +411,7 @@ class CATANet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The body: images `[B, in_chans, H, W]`, sides of at least the largest patch, to `[B, C, H, W]`."""
-        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
-        return self.blocks(first.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + first
+        return run_body(x, self.conv_first, self.blocks, nn.Identity(), nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
@@ -397,8 +425,15 @@ class CATANet(nn.Module):
         bottom, right = max(self.padded_size - height, 0), max(self.padded_size - width, 0)
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom), mode="reflect")
-        base = F.interpolate(x, scale_factor=float(upscale), mode="bilinear") if upscale > 1 else x
-        x = self.conv_last(self.upsample(self.forward_features(x))) + base
+
+        y = self.forward_features(x)
+        base = F.interpolate(x, scale_factor=float(upscale), mode="bilinear") if upscale > 1 else x.clone()
+
+        def tail(y: Tensor, top: int) -> Tensor:
+            rows = base.narrow(2, top * upscale, y.shape[2] * upscale)
+            return self.conv_last(self.upsample(y)) + rows
+
+        x = by_bands(tail, y, halo=TAIL_HALO, scale=upscale, dim=2, placed=True, into=base)
         return x[..., : height * upscale, : width * upscale]
 
 

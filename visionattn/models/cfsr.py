@@ -16,8 +16,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ..layers.bands import by_bands
 from ._layout import Layout, Names, Shapes, Weights, unwrap
-from ._restoration import DIV2K_MEAN, RestorationInfo, RestorationTask, build_restoration
+from ._restoration import DIV2K_MEAN, RestorationInfo, RestorationTask, build_restoration, run_body
 
 __all__ = ["CFSR"]
 
@@ -160,8 +161,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = x + self.layer_scale_1 * self.attn(x)
-        return x + self.layer_scale_2 * self.mlp(x)
+        reach = self.attn.dwconv.kernel_size[0] // 2
+        x = by_bands(lambda rows: rows + self.layer_scale_1 * self.attn(rows), x, halo=reach)
+        return by_bands(lambda rows: rows + self.layer_scale_2 * self.mlp(rows), x, halo=1)
 
 
 class Layer(nn.Module):
@@ -183,7 +185,7 @@ class Layer(nn.Module):
         """`[B, H, W, C]` to `[B, H, W, C]`."""
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
-        return x + self.conv(x)
+        return by_bands(lambda rows: rows + self.conv(rows), x)
 
 
 class CFSR(nn.Module):
@@ -291,9 +293,7 @@ class CFSR(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`."""
-        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
-        y = self.norm(self.layers(first.permute(0, 2, 3, 1)))
-        return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
+        return run_body(x, self.conv_first, self.layers, self.norm, self.conv_after_body)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
@@ -304,9 +304,13 @@ class CFSR(nn.Module):
         if 0 in x.shape[-2:]:
             raise ValueError(f"an input of {x.shape[-2]}x{x.shape[-1]}: each side must be at least 1 pixels")
         x = (x - self.mean) * self.img_range
-        y = F.pixel_shuffle(self.conv_last(self.forward_features(x)), self.info.upscale)
-        y = y if self.info.upscale > 1 else x + y
-        return y / self.img_range + self.mean
+        upscale = self.info.upscale
+
+        def tail(y: Tensor, x: Tensor) -> Tensor:
+            y = F.pixel_shuffle(self.conv_last(y), upscale)
+            return (y if upscale > 1 else x + y) / self.img_range + self.mean
+
+        return by_bands(tail, self.forward_features(x), x, halo=1, scale=upscale, dim=2)
 
 
 _NAMES = Names((".attn.a.2.lkb_reparam.", ".attn.dwconv."), (".attn.a.0.", ".attn.a."))

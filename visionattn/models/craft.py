@@ -19,6 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..kernels.precision import at_least_float32, without_autocast
+from ..layers.bands import by_bands, fold_by_bands
 from ..layers.maps import mirror_index, on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
@@ -27,6 +28,7 @@ from ._restoration import (
     DIV2K_MEAN,
     RestorationInfo,
     build_restoration,
+    run_body,
     super_resolution_cfg,
 )
 from ._shared import check_size
@@ -60,8 +62,8 @@ class WindowBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = self.attn.add_to(x, self.norm1, nn.Identity())
+        return by_bands(lambda rows: rows + self.mlp(self.norm2(rows)), x, into=x)
 
 
 class HighFrequencyBlock(nn.Module):
@@ -77,9 +79,12 @@ class HighFrequencyBlock(nn.Module):
         self.last_fc = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        local, peaks = x.chunk(2, -1)
-        both = torch.cat((on_nhwc(self.conv, local), self.fc(on_nhwc(self.pool, peaks))), -1)
-        return x + self.last_fc(F.gelu(both))
+        def refine(x: Tensor) -> Tensor:
+            local, peaks = x.chunk(2, -1)
+            both = torch.cat((on_nhwc(self.conv, local), self.fc(on_nhwc(self.pool, peaks))), -1)
+            return x + self.last_fc(F.gelu(both))
+
+        return by_bands(refine, x, halo=1)
 
 
 class ChannelAttention(nn.Module):
@@ -105,22 +110,40 @@ class ChannelAttention(nn.Module):
         self.kv_dwconv = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim, bias=False, **dd)
         self.proj = nn.Linear(dim, dim, bias=False, **dd)
 
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        """`[B, H, W, C]` twice to `[B, H, W, C]`."""
-        q = on_nhwc(self.q_dwconv, self.q(high)).flatten(1, 2)
-        k, v = on_nhwc(self.kv_dwconv, self.kv(low)).flatten(1, 2).chunk(2, -1)
-        weights = self._weights(q, k).to(v.dtype)
-        out = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) @ weights.mT
-        return self.proj(out.transpose(1, 2).reshape(low.shape))
+    def add_to(self, low: Tensor, high: Tensor, norm: nn.Module) -> Tensor:
+        """`low + attention(norm(low), high)` of maps `[B, H, W, C]`, by bands."""
+        weights = self._weights(low, high, norm).to(low.dtype)
 
-    def _weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """Softmax weights `[B, heads, d, d]` of `[B, N, C]`; sums over an image need float32."""
-        with without_autocast(q):
-            q, k = (
-                F.normalize(at_least_float32(t), dim=1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                for t in (q, k)
-            )
-            return (q.mT @ k * self.temperature).softmax(-1)
+        def attend(low: Tensor) -> Tensor:
+            out = self._heads(self._keys_or_values(norm(low), 1)) @ weights.mT
+            return low + self.proj(out.transpose(1, 2).reshape(low.shape))
+
+        return by_bands(attend, low, halo=1)
+
+    def _weights(self, low: Tensor, high: Tensor, norm: nn.Module) -> Tensor:
+        """Softmax weights `[B, heads, d, d]`; sums over an image need float32."""
+
+        def correlate(sums: tuple[Tensor, ...], low: Tensor, high: Tensor, core: slice) -> tuple[Tensor, ...]:
+            q, k = on_nhwc(self.q_dwconv, self.q(high)), self._keys_or_values(norm(low), 0)
+            with without_autocast(q):
+                q, k = (self._heads(at_least_float32(t[:, core])) for t in (q, k))
+                terms = q.mT @ k, q.square().sum(-2), k.square().sum(-2)
+                return tuple(a + b for a, b in zip(sums, terms))
+
+        zero = at_least_float32(low.new_zeros(()))
+        products, *squares = fold_by_bands(correlate, (zero, zero, zero), low, high, halo=1)
+        q_length, k_length = (s.sqrt().clamp(min=1e-12) for s in squares)
+        cosines = products / (q_length[..., None] * k_length[..., None, :])
+        return (cosines * self.temperature).softmax(-1)
+
+    def _keys_or_values(self, x: Tensor, which: int) -> Tensor:
+        weight, kernel = (layer.weight.chunk(2)[which] for layer in (self.kv, self.kv_dwconv))
+        x = F.linear(x, weight).permute(0, 3, 1, 2)
+        return F.conv2d(x, kernel, padding=1, groups=len(kernel)).permute(0, 2, 3, 1)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """`[B, heads, H * W, d]` of `[B, H, W, C]`."""
+        return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class GatedMlp(nn.Module):
@@ -165,8 +188,8 @@ class FusionBlock(nn.Module):
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """`[B, H, W, C]` twice to `[B, H, W, C]`."""
-        x = low + self.attn(self.norm1(low), high)
-        return x + self.mlp(self.norm2(x))
+        x = self.attn.add_to(low, high, self.norm1)
+        return by_bands(lambda rows: rows + self.mlp(self.norm2(rows)), x, halo=1)
 
 
 class Block(nn.Module):
@@ -297,9 +320,7 @@ class CRAFT(nn.Module):
 
         Sides must be multiples of `info.size_multiple` for the official numbers.
         """
-        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
-        y = self.norm(self.layers(first.permute(0, 2, 3, 1)))
-        return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
+        return run_body(x, self.conv_first, self.layers, self.norm, self.conv_after_body)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
@@ -314,7 +335,9 @@ class CRAFT(nn.Module):
             blocks = -(-side // multiple) if self.pad == "needed" else side // multiple + 1
             if blocks * multiple > side:
                 x = x.index_select(dim, mirror_index(side, blocks * multiple, x.device))
-        x = self.upsample(self.forward_features((x - mean) * self.img_range)) / self.img_range + mean
+        x = self.forward_features((x - mean) * self.img_range)
+        upscale = self.info.upscale
+        x = by_bands(lambda x: self.upsample(x) / self.img_range + mean, x, halo=1, scale=upscale, dim=2)
         return x[..., : height * self.info.upscale, : width * self.info.upscale]
 
 

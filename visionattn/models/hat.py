@@ -17,13 +17,17 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..kernels import overlapping_window_attention, window_attention
+from ..layers.bands import by_bands
+from ..layers.maps import on_nhwc
 from ._layout import Layout, Names, Shapes, Weights, converter, window_index
 from ._restoration import (
     DIV2K_MEAN,
+    TAIL_HALO,
     RestorationInfo,
     RestorationTask,
     build_restoration,
     pad_to_multiple,
+    run_body,
     upsampler,
     upscale_of,
 )
@@ -62,10 +66,13 @@ class ChannelAttentionBlock(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = self.conv2(self.act(self.conv1(x.permute(0, 3, 1, 2))))
-        return (x * self.gate(x)).permute(0, 2, 3, 1)
+        return on_nhwc(self.conv2, self.act(on_nhwc(self.conv1, x)))
+
+    def factors(self, convolved: Tensor) -> Tensor:
+        """Factors `[B, 1, 1, C]` for the output `[B, H, W, C]` of the convolutions."""
+        return on_nhwc(self.gate, convolved)
 
 
 class WindowAttention(nn.Module):
@@ -103,14 +110,15 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`."""
+    def forward(self, x: Tensor, top: int = 0) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`; windows are counted from row `-top`."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         bias = self.relative_position_bias_table
         if self.overlap:
             out = overlapping_window_attention(q, k, v, self.window_size, self.overlap, bias=bias)
         else:
-            out = window_attention(q, k, v, self.window_size, shift=self.shift, bias=bias)
+            shift = ((self.shift - top) % self.window_size, self.shift)
+            out = window_attention(q, k, v, self.window_size, shift=shift, bias=bias)
         return self.proj(out.flatten(3))
 
 
@@ -151,11 +159,24 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.drop_path(self.attn(y))
-        if self.channel_attn is not None:
-            x = x + self.channel_scale * self.channel_attn(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        window, shift = self.attn.window_size, self.attn.shift
+        channel_attn = self.channel_attn
+        if channel_attn is None:
+            # A row of windows sees the rows next to it.
+            x = by_bands(self._attend, x, halo=window, align=window)
+        else:
+            convolved = by_bands(lambda rows: channel_attn.convolve(self.norm1(rows)), x, halo=2)
+            factors = self.channel_scale * channel_attn.factors(convolved)
+
+            def attend(rows: Tensor, convolved: Tensor, top: int) -> Tensor:
+                return self._attend(rows, top) + factors * convolved
+
+            grid: dict[str, Any] = {"align": window, "offset": shift}
+            x = by_bands(attend, x, convolved, **grid, placed=True, into=convolved)
+        return by_bands(lambda rows: rows + self.drop_path(self.mlp(self.norm2(rows))), x, into=x)
+
+    def _attend(self, x: Tensor, top: int = 0) -> Tensor:
+        return x + self.drop_path(self.attn(self.norm1(x), top))
 
 
 class Group(nn.Module):
@@ -180,7 +201,7 @@ class Group(nn.Module):
         y = x
         for block in (*self.blocks, self.overlap_attn):
             y = checkpoint(block, y) if self.grad_checkpointing and self.training else block(y)
-        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return by_bands(lambda x, y: x + on_nhwc(self.conv, y), x, y, halo=1)
 
 
 class HAT(nn.Module):
@@ -314,9 +335,7 @@ class HAT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`."""
-        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
-        y = self.norm(self.layers(self.embed_norm(first.permute(0, 2, 3, 1))))
-        return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
+        return run_body(x, self.conv_first, (self.embed_norm, *self.layers), self.norm, self.conv_after_body)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
@@ -328,11 +347,15 @@ class HAT(nn.Module):
         mean = x.new_tensor(self.mean).view(1, -1, 1, 1)
         x = (pad_to_multiple(x, self.window_size) - mean) * self.img_range
         y = self.forward_features(x)
-        if self.info.upscale > 1:
-            x = self.conv_last(self.upsample(self.conv_before_upsample(y)))
-        else:
-            x = x + self.conv_last(y)
-        x = x / self.img_range + mean
+
+        def tail(y: Tensor, x: Tensor) -> Tensor:
+            if self.info.upscale > 1:
+                out = self.conv_last(self.upsample(self.conv_before_upsample(y)))
+            else:
+                out = x + self.conv_last(y)
+            return out / self.img_range + mean
+
+        x = by_bands(tail, y, x, halo=TAIL_HALO, scale=self.info.upscale, dim=2)
         return x[..., : height * self.info.upscale, : width * self.info.upscale]
 
 

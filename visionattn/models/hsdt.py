@@ -6,8 +6,9 @@ https://arxiv.org/abs/2303.09040. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ..layers.bands import by_bands
 from ._layout import Layout, Names, Shapes, Weights, converter
 from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
 
@@ -51,6 +53,10 @@ class SpectralSpatialConv(nn.Module):
         z = self.spectral(x.flatten(2, 3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return y + z.reshape(y.shape)
 
+    def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+        """`then` of the output, by bands."""
+        return by_bands(lambda rows: then(self(rows)), x, halo=2, dim=2)
+
 
 class DownConv(nn.Conv3d):
     """3-D convolution that halves the sides of the maps and doubles their channels."""
@@ -63,6 +69,11 @@ class DownConv(nn.Conv3d):
         """`[B, D, H, W, C]` to `[B, D, H / 2, W / 2, 2 * C]`."""
         return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
+    def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+        """`then` of the output, by bands."""
+        cut: dict[str, Any] = {"halo": 2, "align": 2, "scale": Fraction(1, 2), "dim": 2}
+        return by_bands(lambda rows: then(self(rows)), x, **cut)
+
 
 class UpConv(nn.Conv3d):
     """Linear enlargement of the maps to twice their sides, then a 3-D convolution to half the channels."""
@@ -71,10 +82,27 @@ class UpConv(nn.Conv3d):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, dim // 2, 3, padding=1, bias=False, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`."""
-        x = _on_maps(lambda m: F.interpolate(m, scale_factor=2.0, mode="bilinear", align_corners=True), x)
+    def forward(self, x: Tensor, top: int = 0, height: int | None = None) -> Tensor:
+        """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`.
+
+        Args:
+            x: a map, or a band of its rows.
+            top: the row of the map that a band begins with.
+            height: rows of the map, if `x` is a band.
+        """
+        rows, columns = x.shape[2:4]
+        if height is not None and height != rows:
+            x = _double_rows(x, top, height)
+        size = (2 * rows, 2 * columns)
+        x = _on_maps(lambda m: F.interpolate(m, size, mode="bilinear", align_corners=True), x)
         return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+    def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+        """`then` of the output, by bands."""
+        height = x.shape[2]
+        return by_bands(
+            lambda rows, top: then(self(rows, top, height)), x, halo=2, scale=2, dim=2, placed=True
+        )
 
 
 class GuidedSpectralAttention(nn.Module):
@@ -107,9 +135,13 @@ class GuidedSpectralAttention(nn.Module):
         self.v = nn.Linear(dim, dim, bias=False, **dd)
         self.proj = nn.Linear(dim, dim, bias=False, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, H, W, C]`, with the input added."""
-        mixed = self._logits(x.mean((2, 3))).softmax(-1).to(x.dtype) @ x.flatten(2)
+    def weights(self, x: Tensor) -> Tensor:
+        """The mixing matrix `[B, D, D]` for a map `[B, D, H, W, C]`."""
+        return self._logits(x.mean((2, 3))).softmax(-1).to(x.dtype)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Rows of a map `[B, D, H, W, C]`, mixed and added to themselves."""
+        mixed = weights @ x.flatten(2)
         # Bands are mixed alike in all channels and channels alike in all bands, so that the two projections
         # of values may follow the mixing as one.
         return x + F.linear(mixed.view_as(x), self.proj.weight @ self.v.weight)
@@ -145,7 +177,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        conv: nn.Module,
+        conv: SpectralSpatialConv | DownConv | UpConv,
         dim: int,
         attn: GuidedSpectralAttention,
         device: torch.device | str | None = None,
@@ -159,8 +191,12 @@ class Block(nn.Module):
         self.mlp = SelfModulatedMlp(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv(x).permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-        return self.mlp(self.attn(x))
+        x = self.conv.on_map(x, self._normalise)
+        weights = self.attn.weights(x)
+        return by_bands(lambda rows: self.mlp(self.attn(rows, weights)), x, dim=2, into=x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return self.bn(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
 class HSDT(nn.Module):
@@ -220,7 +256,7 @@ class HSDT(nn.Module):
             exact_tiling=False,
         )
 
-        def block(conv: type[nn.Module], dims: Sequence[int], dim: int) -> Block:
+        def block(conv: type[Any], dims: Sequence[int], dim: int) -> Block:
             attn = GuidedSpectralAttention(dim, in_chans, query, self_query_rate, **dd)
             return Block(conv(*dims, **dd), dim, attn, **dd)
 
@@ -262,7 +298,8 @@ class HSDT(nn.Module):
             skips.append(self._run(block, skips[-1]))
         y = skips.pop()
         for block in self.decoder:
-            y = self._run(block, y) + skips.pop()
+            y = self._run(block, y)
+            y = by_bands(torch.add, y, skips.pop(), dim=2, into=y)
         return y
 
     def forward(self, x: Tensor, noise_level: Tensor | float | None = None) -> Tensor:
@@ -286,8 +323,12 @@ class HSDT(nn.Module):
         padded = pad_to_multiple(maps.flatten(1, 2), self.info.size_multiple)
         padded = padded.unflatten(1, maps.shape[1:3])
         y = self.forward_features(padded.permute(0, 2, 3, 4, 1).contiguous())
-        y = padded[:, :1] + self.tail(y.permute(0, 4, 1, 2, 3))
-        y = y[..., :height, :width]
+
+        def tail(y: Tensor, x: Tensor) -> Tensor:
+            return x + self.tail(y.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+        y = by_bands(tail, y, padded[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2)
+        y = y.permute(0, 4, 1, 2, 3)[..., :height, :width]
         return y if x.dim() == 5 else y[:, 0]
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
@@ -351,6 +392,21 @@ def _on_maps(function: Any, x: Tensor) -> Tensor:
     """A 2-D operation on every band of `[B, D, H, W, C]`; the permutations are views of its memory."""
     y = function(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return y.unflatten(0, x.shape[:2])
+
+
+def _double_rows(x: Tensor, top: int, height: int) -> Tensor:
+    """Linear enlargement along rows of a band `[B, D, rows, W, C]` of a map, its corners being aligned.
+
+    The numbers are those of `F.interpolate` on the whole map, which places the output rows in float32. Rows
+    that need others than the band's are wrong.
+    """
+    rows = torch.arange(2 * top, 2 * (top + x.shape[2]), device=x.device, dtype=torch.float32)
+    rows = rows * (torch.tensor(float(height - 1), device=x.device) / (2 * height - 1))
+    upper = rows.floor()
+    upper_rows, lower_rows = (
+        x.index_select(2, (index.long() - top).clamp(0, x.shape[2] - 1)) for index in (upper, upper + 1)
+    )
+    return torch.lerp(upper_rows, lower_rows, (rows - upper).to(x.dtype)[:, None, None])
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ https://arxiv.org/abs/2303.06373. Official code and weights: https://github.com/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..layers.bands import by_bands
 from ..layers.maps import on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
@@ -32,8 +34,10 @@ from ._layout import (
 )
 from ._restoration import (
     DIV2K_MEAN,
+    TAIL_HALO,
     RestorationInfo,
     build_restoration,
+    run_body,
     super_resolution_cfg,
     upsampler,
     upscale_of,
@@ -83,18 +87,28 @@ class RecursiveGeneralizationAttention(nn.Module):
         self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`."""
-        small = x
-        for _ in range(_reductions(x.shape[1], x.shape[2], self.training)):
+    def add_to(self, x: Tensor, norm: nn.Module, drop_path: nn.Module) -> Tensor:
+        """`x + drop_path(attention(norm(x)))` of a map `[B, H, W, C]`, by bands."""
+        times = _reductions(x.shape[1], x.shape[2], self.training)
+        whole = x[:, : x.shape[1] // 4 * 4] if times else x
+        reduce = self.reduction if times else nn.Identity()
+        cut: dict[str, Any] = {"align": 4, "scale": Fraction(1, 4)} if times else {}
+        small = by_bands(lambda rows: on_nhwc(reduce, norm(rows)), whole, **cut)
+        for _ in range(times - 1):
             small = on_nhwc(self.reduction, small)
         small = F.gelu(self.norm(self.conv(on_nhwc(self.dwconv, small))))
         v = self.v(small)
-        q, k, v = (
-            t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for t in (self.q(x), self.k(small), v + on_nhwc(self.cpe, v))
-        )
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        k, v = (self._heads(t) for t in (self.k(small), v + on_nhwc(self.cpe, v)))
+
+        def attend(rows: Tensor) -> Tensor:
+            out = F.scaled_dot_product_attention(self._heads(self.q(norm(rows))), k, v)
+            return rows + drop_path(self.proj(out.transpose(1, 2).reshape(rows.shape)))
+
+        return by_bands(attend, x)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """`[B, heads, H * W, d]` of `[B, H, W, C]`."""
+        return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class GatedMlp(nn.Module):
@@ -127,7 +141,7 @@ class Block(nn.Module):
     def __init__(
         self,
         dim: int,
-        attn: nn.Module,
+        attn: RectangleWindowAttention | RecursiveGeneralizationAttention,
         mlp_ratio: float,
         drop_path: float = 0.0,
         device: torch.device | str | None = None,
@@ -143,9 +157,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x + self.drop_path(self.attn(self.norm1(x)))
-        y = y + self.drop_path(self.mlp(self.norm2(y)))
-        return y + self.gamma * x
+        y = self.attn.add_to(x, self.norm1, self.drop_path)
+
+        def finish(y: Tensor, x: Tensor) -> Tensor:
+            return y + self.drop_path(self.mlp(self.norm2(y))) + self.gamma * x
+
+        return by_bands(finish, y, x, halo=1)
 
 
 class RGT(nn.Module):
@@ -207,7 +224,7 @@ class RGT(nn.Module):
             half_safe=False,
         )
 
-        def attention(group: int, block: int) -> nn.Module:
+        def attention(group: int, block: int) -> RectangleWindowAttention | RecursiveGeneralizationAttention:
             if block % 2:
                 return RecursiveGeneralizationAttention(embed_dim, num_heads, c_ratio, qkv_bias, **dd)
             # Every second window attention shifts: blocks 2, 6, ... of even groups, 0, 4, ... of odd ones.
@@ -259,9 +276,7 @@ class RGT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`."""
-        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
-        y = self.norm(self.layers(self.embed_norm(first.permute(0, 2, 3, 1))))
-        return self.conv_after_body(y.permute(0, 3, 1, 2)) + first
+        return run_body(x, self.conv_first, (self.embed_norm, *self.layers), self.norm, self.conv_after_body)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
@@ -272,8 +287,11 @@ class RGT(nn.Module):
         check_size(x, _MIN_SIZE)
         mean = x.new_tensor(self.mean).view(1, -1, 1, 1)
         x = self.forward_features((x - mean) * self.img_range)
-        x = self.conv_last(self.upsample(self.conv_before_upsample(x)))
-        return x / self.img_range + mean
+
+        def tail(x: Tensor) -> Tensor:
+            return self.conv_last(self.upsample(self.conv_before_upsample(x))) / self.img_range + mean
+
+        return by_bands(tail, x, halo=TAIL_HALO, scale=self.info.upscale, dim=2)
 
 
 def _reductions(height: int, width: int, training: bool) -> int:

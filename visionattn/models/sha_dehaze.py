@@ -8,7 +8,8 @@ the paper's text, figures and table of sizes; the authors' weights do not load i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ..layers.bands import by_bands, fold_by_bands
 from ._layout import Layout, Shapes
 from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
 
@@ -59,8 +61,24 @@ class SeparableHybridAttention(nn.Module):
         self.act = nn.ReLU6()
         self.expand = nn.Conv2d(dim // reduction, dim, 3, padding=1, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` to `[B, C, H, W]`."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`[B, C, H, W]` to `[B, C, H, W]`, by bands.
+
+        Args:
+            x: a map that nobody else needs: it may be overwritten.
+            residual: a map that is added to the result.
+        """
+        rows, columns = self.gates(x)
+
+        def gate(x: Tensor, rows: Tensor, *residual: Tensor) -> Tensor:
+            x = x * (rows * columns).sigmoid()
+            return residual[0] + x if residual else x
+
+        added = () if residual is None else (residual,)
+        return by_bands(gate, x, rows, *added, dim=2, into=x)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of all pixels as the product of `[B, C, H, 1]` and `[B, C, 1, W]`."""
         rows, columns = (x.mean(axis) + x.amax(axis) for axis in (3, 2))
         lines = torch.cat((rows, columns), 2)[..., None]
         rows, columns = self.act(self.reduce(self.shuffle(lines))).squeeze(3).split(x.shape[2:], 2)
@@ -68,7 +86,7 @@ class SeparableHybridAttention(nn.Module):
         weight, bias = self.expand.weight, self.expand.bias
         rows = F.conv1d(rows, weight[..., 1], bias, padding=1)[:, :, :, None]
         columns = F.conv1d(columns, weight[..., 1, :], bias, padding=1)[:, :, None]
-        return x * (rows * columns).sigmoid()
+        return rows, columns
 
 
 class MultiBranchHybridAttention(nn.Module):
@@ -85,7 +103,11 @@ class MultiBranchHybridAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H, W]`."""
-        return x + self.sha(self.conv(self.act(self.conv1(x) + self.conv3(x) + x)))
+
+        def convolve(x: Tensor) -> Tensor:
+            return self.conv(self.act(self.conv1(x) + self.conv3(x) + x))
+
+        return self.sha(by_bands(convolve, x, halo=2, dim=2), x)
 
 
 class ContextualTransformer(nn.Module):
@@ -114,13 +136,26 @@ class ContextualTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H, W]`."""
-        key = self.act(_instance_norm(self.key(x)))
-        value = _instance_norm(self.value(x))
-        y = self.act(_instance_norm(self.att1(torch.cat((key, x), 1))))
+        key = by_bands(self.key, x, halo=self.key.kernel_size[0] // 2, dim=2)
+        normalise = _instance_norm(key)
+        key = by_bands(lambda key: self.act(normalise(key)), key, dim=2, into=key)
+        y = by_bands(lambda key, x: self.att1(torch.cat((key, x), 1)), key, x, dim=2)
+        normalise_y, value = _instance_norm(y), self.value(x)
+        normalise_value = _instance_norm(value)
         # The mean over the neighbours of a linear layer's outputs is the output of its mean.
         weight, bias = (p.unflatten(0, (-1, self.neighbours)).mean(1) for p in self.att2.parameters())
-        attn = F.conv2d(y, weight, bias).flatten(2).softmax(-1)
-        return key + attn.view_as(value) * value
+        logits = by_bands(lambda y: F.conv2d(self.act(normalise_y(y)), weight, bias), y, dim=2)
+
+        def extend(total: Tensor, logits: Tensor, core: slice) -> Tensor:
+            return torch.logaddexp(total, logits.flatten(2).logsumexp(-1))
+
+        nothing = logits.new_full((), float("-inf"))
+        total = fold_by_bands(extend, nothing, logits, dim=2)[..., None, None]
+
+        def mix(key: Tensor, logits: Tensor, value: Tensor) -> Tensor:
+            return key + (logits - total).exp() * normalise_value(value)
+
+        return by_bands(mix, key, logits, value, dim=2, into=key)
 
 
 class AdaptiveFusion(nn.Module):
@@ -147,7 +182,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H, W]`."""
-        return self.aff(self.mha(x), self.cot(x))
+        mha, cot = self.mha(x), self.cot(x)
+        return by_bands(self.aff, mha, cot, dim=2, into=mha)
 
 
 class Tail(nn.Module):
@@ -200,12 +236,15 @@ class Shallow(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[B, C, H, W]` to features `[B, out_dim, H, W]` and the pseudo-haze-free images."""
-        half = self.sha1(self.down1(image))
-        quarter = self.sha2(self.down2(half))
+        down: dict[str, Any] = {"halo": 2, "align": 2, "scale": Fraction(1, 2), "dim": 2}
+        half = self.sha1(by_bands(self.down1, image, **down))
+        quarter = self.sha2(by_bands(self.down2, half, **down))
         y = _run(self.blocks, quarter, self.grad_checkpointing)
-        y = self.up_sha1(self.up1(_twice(y + quarter)))
-        features = self.up_sha2(self.up2(_twice(y + half)))
-        return features, image + self.tail(features)
+        up: dict[str, Any] = {"halo": 2, "scale": 2, "dim": 2}
+        y = self.up_sha1(by_bands(lambda y, skip: self.up1(_twice(y + skip)), y, quarter, **up))
+        features = self.up_sha2(by_bands(lambda y, skip: self.up2(_twice(y + skip)), y, half, **up))
+        pseudo = by_bands(lambda y, image: image + self.tail(y), features, image, halo=2, dim=2)
+        return features, pseudo
 
 
 class Density(nn.Module):
@@ -227,7 +266,12 @@ class Density(nn.Module):
 
     def forward(self, image: Tensor, pseudo: Tensor) -> Tensor:
         """Two images `[B, C, H, W]` to `[B, 1, H, W]` in (0, 1)."""
-        return self.conv2(self.sha(self.act(self.conv1(torch.cat((image, pseudo), 1))))).sigmoid()
+
+        def convolve(*images: Tensor) -> Tensor:
+            return self.act(self.conv1(torch.cat(images, 1)))
+
+        y = self.sha(by_bands(convolve, image, pseudo, halo=1, dim=2))
+        return by_bands(lambda y: self.conv2(y).sigmoid(), y, halo=1, dim=2)
 
 
 class Deep(nn.Module):
@@ -251,8 +295,8 @@ class Deep(nn.Module):
 
     def forward(self, mixed: Tensor, features: Tensor) -> Tensor:
         """An image `[B, C, H, W]` and features `[B, dim, H, W]` to the correction of the hazy image."""
-        y = self.aff(self.conv_in(mixed), features)
-        return self.tail(_run(self.blocks, y, self.grad_checkpointing))
+        y = by_bands(lambda x, y: self.aff(self.conv_in(x), y), mixed, features, halo=1, dim=2)
+        return by_bands(self.tail, _run(self.blocks, y, self.grad_checkpointing), halo=2, dim=2)
 
 
 class PMNet(nn.Module):
@@ -361,9 +405,11 @@ def _twice(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="bilinear")
 
 
-def _instance_norm(x: Tensor) -> Tensor:
-    """Instance norm without parameters; unlike `F.instance_norm` it takes maps of one pixel."""
-    return F.layer_norm(x, x.shape[2:])
+def _instance_norm(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Instance norm without parameters, with the statistics of `x` `[B, C, H, W]`, for bands of its rows."""
+    var, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+    scale = (var + 1e-5).rsqrt()
+    return lambda rows: torch.addcmul(-mean * scale, rows, scale)
 
 
 def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:

@@ -15,20 +15,21 @@ from .windows import merge, partition, window_heads
 
 
 def rolled_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window_size: int, *, shift: int = 0, bias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, window_size: int, *, shift: tuple[int, int], bias: Tensor
 ) -> Tensor:
     """HAT, Swin: the map is rolled and cut into windows, a mask keeps apart what was not adjacent before."""
     batch, height, width, heads, dim = q.shape
-    if shift:
-        q, k, v = (x.roll((-shift, -shift), (1, 2)) for x in (q, k, v))
+    shifted, back = any(shift), (-shift[0], -shift[1])
+    if shifted:
+        q, k, v = (x.roll(back, (1, 2)) for x in (q, k, v))
     q, k, v = (window_heads(x, window_size) for x in (q, k, v))
     logits = (q * dim**-0.5) @ k.transpose(2, 3) + gathered_bias(bias, window_size, 0)
-    if shift:
-        mask = shift_mask(height, width, window_size, shift, q.device)
+    if shifted:
+        mask = shift_mask(height, width, window_size, shift[1], q.device)
         logits = (logits.unflatten(0, (batch, -1)) + mask[:, None]).flatten(0, 1)
     out = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
     out = merge(out, (window_size, window_size), height, width)
-    out = out.roll((shift, shift), (1, 2)) if shift else out
+    out = out.roll(shift, (1, 2)) if shifted else out
     return out.unflatten(-1, (heads, dim))
 
 
