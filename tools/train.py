@@ -11,7 +11,12 @@ EXAMPLE = """examples:
   python tools/train.py configs/classification/biformer_digits.yaml resume=auto
   python tools/train.py configs/detection/biformer_scenes.yaml
   torchrun --nproc-per-node 8 tools/train.py configs/classification/biformer_tiny_imagenet.yaml data.root=DIR
+  torchrun --nproc-per-node 8 tools/train.py CONFIG train.parallel=fsdp
+  sbatch tools/slurm.sbatch CONFIG
   python tools/train.py configs/classification/biformer_digits.yaml --options
+
+exit status: 0 the run is complete; 1 it cannot go on (loss not finite, full disk, lost process);
+2 wrong input, nothing was done; 143 or 130 SIGTERM or Ctrl-C came, all is saved: continue with resume=auto
 """
 
 
