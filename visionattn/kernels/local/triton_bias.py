@@ -87,7 +87,7 @@ def pair_tiling(
     del options["SINGLE"], options["ZERO"]
     if tiles.closed and tiles.own == 64:
         # Five products at once, and their sums where there is a bias, fill the registers.
-        options |= {"num_warps": 4 if bias is None else 8, "num_stages": 1}
+        options |= {"num_warps": 4 if bias is None or hip else 8, "num_stages": 1}
     chunks = tuple(-(-(high - low) // size) for low, high, size in zip(start, stop, sizes))
     return PairTiling(tiles, options, is_dense, start, (chunks[0], chunks[1]))
 
