@@ -110,6 +110,7 @@ GRIDS = [
     grid((3, 5), 4),
     grid((1, 1), 2),
     grid((10, 11), 3),
+    grid((7, 1), (1, 4)),
 ]
 CASES = NEIGHBORHOODS + WINDOWS + OVERLAPS + GRIDS
 DIMS = (16, 24, 30, 32, 64, 128, 5, 1)
