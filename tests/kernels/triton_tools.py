@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,27 +31,36 @@ class Resources:
     wgmma: bool
 
 
-def run_interpreted(tests: Path) -> None:
+def run_interpreted(tests: Path, *options: str) -> None:
     """Run a file of tests in a process of its own in which Triton interprets its kernels.
+
+    `options` are further ones for pytest.
 
     Triton reads its environment once, when it is imported, and an interpreted kernel cannot be compiled: the
     two kinds of tests do not fit into one process.
     """
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(tests), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def compile_for(target: str, kernel: Any, types: dict[str, str], options: dict[str, Any]) -> Resources:
+def interpret_quickly() -> None:
+    """Leave out the interpreter's check of every sum and product of integers: two fifths of its time."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+def compile_for(target: str, kernel: Any, types: dict[str, Any], options: dict[str, Any]) -> Resources:
     """Compile a kernel for a GPU that need not be there.
 
     Args:
         target: a name of `TARGETS`.
         kernel: a function under `triton.jit`.
-        types: Triton's type of each argument that is no `tl.constexpr`, as `"*fp16"`, `"i32"`. Pointers, and
-            integers called `stride...`, are taken to be divisible by 16, as they are for common widths: a
-            launch notices that by itself.
+        types: Triton's type of each argument that is no `tl.constexpr`, as `"*fp16"`, `"i32"`, or a tuple of
+            such. Pointers, and integers called `stride...`, are taken to be divisible by 16, as they are for
+            common widths: a launch notices that by itself.
         options: what the kernel is launched with: constants, `num_warps`, `num_stages`.
     """
     import triton
@@ -61,11 +70,11 @@ def compile_for(target: str, kernel: Any, types: dict[str, str], options: dict[s
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     launch = {name: value for name, value in options.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.startswith("stride")
-    }
+    aligned = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+        if name.startswith("stride") or (isinstance(kind, str) and kind.startswith("*")):
+            aligned |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(kernel, signature, constants, aligned)
     backend, architecture, warp, _ = TARGETS[target]
     compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=launch)

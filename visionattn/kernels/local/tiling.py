@@ -165,9 +165,10 @@ def _sides(axis: Axis, most: int, in_block: bool) -> list[int]:
 
 
 def _tiled(axis: Axis, tile: int) -> TiledAxis:
-    span = max(tile, axis.window)
-    parts = -(-span // tile)
     longest = axis.groups()[0].axis
+    pixels = longest.length - longest.first_block
+    span = max(tile, axis.window)
+    parts = -(-min(span, pixels) // tile)
     return TiledAxis(
         axis.length,
         axis.dilation,
@@ -183,7 +184,7 @@ def _tiled(axis: Axis, tile: int) -> TiledAxis:
         tile=tile,
         span=span,
         parts=parts,
-        tiles=-(-(longest.length - longest.first_block) // span) * parts,
+        tiles=-(-pixels // span) * parts,
     )
 
 

@@ -58,7 +58,7 @@ class PairTiling:
     @property
     def is_closed(self) -> bool:
         """Whether a program meets all pairs of its queries and of its keys."""
-        return self.tiles.closed and self.chunks == (1, 1)
+        return self.tiles.closed and self.tiles.parts == 1 and self.chunks == (1, 1)
 
     def steps(self, batch: int) -> int:
         """Spans of all images of one head."""
@@ -87,7 +87,7 @@ def pair_tiling(
     del options["SINGLE"], options["ZERO"]
     if tiles.closed and tiles.own == 64:
         # Five products at once, and their sums where there is a bias, fill the registers.
-        options |= {"num_warps": 4 if bias is None else 8, "num_stages": 1}
+        options |= {"num_warps": 4 if bias is None or hip else 8, "num_stages": 1}
     chunks = tuple(-(-(high - low) // size) for low, high, size in zip(start, stop, sizes))
     return PairTiling(tiles, options, is_dense, start, (chunks[0], chunks[1]))
 
@@ -221,7 +221,10 @@ def gradient_of_bias(partial: Tensor, pairs: PairTiling, pattern: Pattern, bias:
     # Heads, rows and columns of queries, rows and columns of keys.
     sums = sums.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).flatten(7, 8).flatten(5, 6).flatten(3, 4).flatten(1, 2)
     if pairs.is_dense:
-        sums = sums[:, : y.window, : x.window, : y.key_window, : x.key_window]
+        # Cut to the block and its run of keys, or filled up where the map is smaller.
+        sizes = y.window, x.window, y.key_window, x.key_window
+        ends = [(0, size - given) for size, given in zip(sizes, sums.shape[1:])]
+        sums = F.pad(sums, [n for end in reversed(ends) for n in end])
         return sums.reshape(bias.shape).to(bias.dtype)
     sums = _by_distance(sums.permute(0, 2, 4, 1, 3), pairs.start[0], y.reach)
     sums = _by_distance(sums.permute(0, 3, 1, 2), pairs.start[1], x.reach)
