@@ -167,6 +167,15 @@ def test_the_loss_passes_over_unknown_pixels(make: Callable[..., SegmentationTas
         assert float(task.loss((image, [torch.tensor(classes)]))["loss"].detach()) == pytest.approx(
             np.log(11)
         )
+    task.class_weights = torch.tensor([0.2, *[1.0] * 10])
+    weighted = torch.zeros(1, 11, 2, 2)
+    weighted[:, 0] = 3.0
+    task.model.forward = lambda images: (weighted, None)  # type: ignore[method-assign]
+    classes = torch.tensor([[0, 255], [3, 255]])
+    logs = weighted.log_softmax(1)[0]
+    expected = -(0.2 * logs[0, 0, 0] + logs[3, 1, 0]) / 1.2
+    torch.testing.assert_close(task.loss((image, [classes]))["loss"], expected)
+    task.model.forward = lambda images: (logits, None)  # type: ignore[method-assign]
     unknown = task.loss((image, [torch.full((2, 2), 255)]))["loss"]
     unknown.backward()
     assert unknown == 0
@@ -270,6 +279,7 @@ def test_bad_data_is_named_before_training(
         ({"data": {"source": "folders", "num_classes": 3, "root": "nowhere"}}, "no folder of images nowhere"),
         ({"data": {"num_classes": 3}}, "data.num_classes is 3, but there are 11 class names"),
         ({"data": {"class_names": ["a", "b"]}}, "scenes have classes of their own"),
+        ({"segmenter": {"class_weights": [1, 2]}}, "class_weights has 2 values, but there are 11 classes"),
         ({"train": {"batch_size": 1}}, "upernet normalises over a batch"),
         ({"inference": {"mode": "slide", "window": 9}}, "mode slide needs window and stride"),
         ({"augment": {"cropsize": 9}}, "unknown key augment.cropsize: did you mean augment.crop_size"),

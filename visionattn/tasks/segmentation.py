@@ -120,6 +120,7 @@ class SegmentationTask(Task):
     monitor = "miou"
     mean: Tensor
     std: Tensor
+    class_weights: Tensor | None
 
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__()
@@ -131,16 +132,23 @@ class SegmentationTask(Task):
         self.model = create_segmenter(config.model, config.backbone, config.segmenter, len(names))
         for name, value in zip(("mean", "std"), pixel_statistics(self.model.backbone.body, config.data)):
             self.register_buffer(name, 255 * torch.tensor(value).view(3, 1, 1), persistent=False)
+        weights = config.segmenter.class_weights
+        if weights is not None and len(weights) != len(names):
+            raise InputError(
+                f"segmenter.class_weights has {len(weights)} values, but there are {len(names)} classes"
+            )
+        given = None if weights is None else torch.tensor(weights)
+        self.register_buffer("class_weights", given, persistent=False)
         load_weights(self.model, config)
 
     def loss(self, batch: tuple[Sequence[Tensor], Sequence[Tensor]]) -> dict[str, Tensor]:
         """Cross entropy over the pixels with a class, that of the auxiliary head added with its weight."""
         images, classes = (torch.stack(list(part)) for part in batch)
         logits, auxiliary = self.model(self._normalize(images))
-        loss = _cross_entropy(logits, classes)
+        loss = self._cross_entropy(logits, classes)
         if auxiliary is None:
             return {"loss": loss}
-        of_auxiliary = _cross_entropy(auxiliary, classes)
+        of_auxiliary = self._cross_entropy(auxiliary, classes)
         total = loss + self.model.auxiliary_weight * of_auxiliary
         return {"loss": total, "decode": loss, "auxiliary": of_auxiliary}
 
@@ -241,6 +249,15 @@ class SegmentationTask(Task):
         logits = segment(self.model, self._normalize(image), self.config.inference)
         return logits.argmax(0)
 
+    def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """The mean over pixels with a class, by their weights; 0 where there is none."""
+        total = F.cross_entropy(
+            logits.float(), classes, self.class_weights, ignore_index=IGNORED, reduction="sum"
+        )
+        known = classes[classes != IGNORED]
+        weights = known.new_ones(()) if self.class_weights is None else self.class_weights[known]
+        return total / weights.expand(known.shape).sum().float().clamp(min=1e-6)
+
     def _normalize(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) / self.std
 
@@ -271,12 +288,6 @@ def training_transform(augment: SegmentationAugmentation) -> v2.Transform:
             v2.RandomPhotometricDistort(p=augment.distort),
         ]
     )
-
-
-def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """The mean over pixels with a class; 0 where there is none."""
-    total = F.cross_entropy(logits.float(), classes, ignore_index=IGNORED, reduction="sum")
-    return total / (classes != IGNORED).sum().clamp(min=1)
 
 
 def _class_names(data: SegmentationData) -> list[str]:

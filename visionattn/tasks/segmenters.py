@@ -33,6 +33,9 @@ class SegmenterOptions(Section):
         "null: 0.4, of semantic_fpn 0",
     )
     auxiliary_channels: int = Field(default=256, gt=0, description="channels of that head")
+    class_weights: list[float] | None = Field(
+        default=None, min_length=2, description="weight of each class in the loss; null: all alike"
+    )
     sync_norm: bool = Field(
         default=False, description="take batch statistics of the heads over all processes (GPUs only)"
     )

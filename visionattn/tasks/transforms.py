@@ -81,8 +81,9 @@ class VariedCrop(nn.Module):
             classes = functional.pad(classes, missing, fill=self.ignored)
         for _ in range(10 if self.max_share < 1 else 1):
             cut_image, cut_classes = self.crop(image, classes)
-            counts = cut_classes[cut_classes != self.ignored].unique(return_counts=True)[1]
-            if len(counts) > 1 and counts.max() < self.max_share * counts.sum():
+            counts = cut_classes.as_subclass(Tensor).flatten().bincount()
+            counts[self.ignored : self.ignored + 1] = 0
+            if counts.max() < self.max_share * counts.sum():
                 break
         return cut_image, cut_classes  # pyright: ignore[reportPossiblyUnboundVariable]
 
