@@ -69,8 +69,9 @@ def _all_pairs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> T
     """Another function, without the pattern: the time of a fused dense kernel that takes no mask."""
     if bias is not None:
         raise RuntimeError("a bias would need all pairs written out")
-    maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*maps).transpose(1, 2).unflatten(1, q.shape[1:3])
+    size = q.shape[1:3]
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(1, size)
 
 
 def _dense(pattern: Pattern, inputs: list[Tensor]) -> Peer:

@@ -13,6 +13,17 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
 
     Keys that stand in two parts count twice. A branch of one key with a zero value is an attention sink.
 
+    Example:
+        A local branch, the window of each query, and a routed one, the best regions elsewhere, in one
+        softmax; windows are neighborhoods in blocks of their own size:
+
+        >>> local, local_lse = neighborhood_attention(q, k, v, 8, stride=8, return_lse=True)
+        >>> best = topk_regions(q, k, 8, 4)
+        >>> own = torch.arange(best.shape[2], device=q.device)[:, None]
+        >>> lists = torch.where(best == own, -1, best)
+        >>> routed, routed_lse = routed_attention(q, k, v, lists, 8, return_lse=True)
+        >>> out, lse = merge_attention([local, routed], [local_lse, routed_lse])
+
     Args:
         outputs: one `[..., d]` of equal shape per part, as the attention functions return.
         lses: one `[...]` per part, the natural log of its softmax denominator; -inf where it has no key.

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from visionattn.kernels import antidiagonal_regions, routed_attention, topk_regions, use_backend
+from visionattn.kernels import (
+    BACKENDS,
+    antidiagonal_regions,
+    merge_attention,
+    neighborhood_attention,
+    routed_attention,
+    topk_regions,
+    use_backend,
+)
 
 
 def test_equal_affinities_take_the_lowest_index() -> None:
@@ -112,3 +120,32 @@ def test_bad_arguments(change: dict, message: str) -> None:
     x = torch.zeros(1, 4, 4, 1, 4)
     with pytest.raises(ValueError, match=message):
         antidiagonal_regions(**{"q": x, "k": x, "region_size": 2, "threshold": 0.5, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_backends_take_the_same_decisions(dtype: torch.dtype) -> None:
+    q, k = torch.randn(2, 2, 14, 21, 2, 32).to(dtype)
+    decisions = []
+    for backend in BACKENDS:
+        with use_backend(backend):
+            decisions.append((topk_regions(q, k, 7, 3), antidiagonal_regions(q, k, 7, 0.7)))
+    for regions, others in decisions[1:]:
+        assert torch.equal(regions, decisions[0][0])
+        assert torch.equal(others, decisions[0][1])
+
+
+def test_a_local_and_a_routed_branch_are_one_attention() -> None:
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 8, 8, 2, 4, dtype=torch.float64))
+    # Neighborhoods in blocks of their own size are windows, and return a log-sum-exp.
+    local, local_lse = neighborhood_attention(q, k, v, 4, stride=4, return_lse=True)
+    lists = topk_regions(q, k, 4, 4)
+    # The own region stands in the local branch already.
+    far = torch.where(lists == torch.arange(4)[:, None], -1, lists)[..., :3]
+    routed, routed_lse = routed_attention(q, k, v, far, 4, return_lse=True)
+    out, lse = merge_attention([local, routed], [local_lse, routed_lse])
+    own = torch.arange(4, dtype=torch.int32).view(1, 1, 4, 1)
+    union = torch.cat((own, far), -1)
+    expected, expected_lse = routed_attention(q, k, v, union, 4, return_lse=True)
+    torch.testing.assert_close((out, lse), (expected, expected_lse))
+    grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected)]
+    torch.testing.assert_close(*grads)

@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 
 from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 
-from visionattn.kernels.routed import triton_backward, triton_forward
+from visionattn.kernels.routed import triton_backward, triton_bias, triton_forward
 
 KERNELS = {
+    "bias": triton_bias.bias_kernel,
     "forward": triton_forward.forward_kernel,
     "query": triton_backward.query_kernel,
     "key": triton_backward.key_kernel,
@@ -25,14 +26,21 @@ def test_interpreted() -> None:
     run_interpreted(Path(__file__).with_name("interpreted_triton.py"))
 
 
-def compiled(kernel: str, target: str, dtype: torch.dtype, dim: int, side: int = 8) -> Resources:
+def compiled(
+    kernel: str, target: str, dtype: torch.dtype, dim: int, side: int = 8, has_bias: bool = True
+) -> Resources:
     maps = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
     types = dict.fromkeys(maps, NAMES[dtype])
     types |= dict.fromkeys(("lists", "starts", "queries"), "*i32")
     types |= dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32")
-    types["scale"] = "fp32"
+    types |= {"listed": "*i8", "bias": "*fp32", "grad_bias": "*fp32", "scale": "fp32"}
     q = torch.empty(1, side, side, 1, dim, dtype=dtype)
-    options = triton_forward.launch_options(q, (side, side), kernel != "forward", target == "gfx942")
+    if kernel == "bias":
+        options = triton_bias.bias_launch_options(torch.empty(1, 56, 56, 1, dim, dtype=dtype), is_table=True)
+    else:
+        backward, hip = kernel != "forward", target == "gfx942"
+        options = triton_forward.launch_options(q, (side, side), has_bias, backward, hip)
+        options["HAS_BIAS"] = has_bias
     integers = [name for name in KERNELS[kernel].arg_names if name not in types and name not in options]
     types |= dict.fromkeys(integers, "i32")
     wanted = {name: kind for name, kind in types.items() if name in KERNELS[kernel].arg_names}
@@ -42,6 +50,7 @@ def compiled(kernel: str, target: str, dtype: torch.dtype, dim: int, side: int =
 # Most registers of a thread: on NVIDIA 255 is all there are, 128 lets four programs of 128 threads share a
 # processor; gfx942 counts vector and accumulation registers together, of which there are 512.
 LIMITS = {
+    "bias": {"sm_80": 255, "sm_90": 255, "gfx942": 512},
     "forward": {"sm_80": 168, "sm_90": 128, "gfx942": 512},
     "query": {"sm_80": 168, "sm_90": 128, "gfx942": 512},
     "key": {"sm_80": 255, "sm_90": 255, "gfx942": 512},
@@ -49,10 +58,14 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
-@pytest.mark.parametrize("kernel", list(KERNELS))
-def test_compiles_into_registers(kernel: str, target: str) -> None:
-    taken = compiled(kernel, target, torch.float16, 32)
-    assert taken.registers <= LIMITS[kernel][target]
+@pytest.mark.parametrize(
+    ("kernel", "has_bias"),
+    [("bias", True), *((kernel, has) for kernel in ("forward", "query", "key") for has in (False, True))],
+)
+def test_compiles_into_registers(kernel: str, has_bias: bool, target: str) -> None:
+    taken = compiled(kernel, target, torch.float16, 32, has_bias=has_bias)
+    # Pairs of a bias are read one by one and held beside the logits.
+    assert taken.registers <= (255 if has_bias and target != "gfx942" else LIMITS[kernel][target])
     assert taken.spilled == 0
     assert taken.shared <= TARGETS[target][3] // 2
     assert taken.wgmma == (target == "sm_90")

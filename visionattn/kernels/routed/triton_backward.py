@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_rows import LOG2_E, equally_strided, load_rows, store_rows
-from .triton_forward import geometry, launch_options, num_programs, place, position
+from .triton_bias import bias_gradient
+from .triton_forward import (
+    bias_geometry,
+    geometry,
+    launch_options,
+    load_bias,
+    num_programs,
+    place,
+    position,
+)
 
 
 @triton.jit
@@ -22,6 +31,7 @@ def query_kernel(
     k,
     v,
     lists,
+    bias,
     out,
     lse,
     grad_out,
@@ -43,6 +53,13 @@ def query_kernel(
     regions_x,
     regions,
     topk,
+    bias_start,
+    bias_stride_h,
+    bias_stride_qy,
+    bias_stride_qx,
+    bias_stride_ky,
+    bias_stride_kx,
+    HAS_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -68,6 +85,8 @@ def query_kernel(
     norm = tl.load(lse + image + row, mask=valid, other=0.0)
     norm = tl.where(norm == float("-inf"), 0.0, norm) * LOG2_E
     lists += batch * list_stride_b + head * list_stride_h + region * topk
+    bias_of_row = bias_start + y * bias_stride_qy + x * bias_stride_qx
+    bias_of_head = head.to(tl.int64) * bias_stride_h
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, topk * pixels, BLOCK_K):
@@ -79,6 +98,9 @@ def query_kernel(
         key = load_rows(k + begin, offset, seen, HEAD_DIM, BLOCK_D)
         value = load_rows(v + begin, offset, seen, HEAD_DIM, BLOCK_D)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
+        if HAS_BIAS:
+            bias_of_key = key_y * bias_stride_ky + key_x * bias_stride_kx
+            logits += load_bias(bias + bias_of_head, bias_of_row, bias_of_key, valid, seen)
         weights = tl.exp2(tl.where(seen[None, :], logits - norm[:, None], float("-inf")))
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         grad_logits = weights * (grad_weights - drop[:, None])
@@ -93,6 +115,7 @@ def key_kernel(
     v,
     starts,
     queries,
+    bias,
     lse,
     grad_out,
     delta,
@@ -113,6 +136,13 @@ def key_kernel(
     regions_x,
     regions,
     topk,
+    bias_start,
+    bias_stride_h,
+    bias_stride_qy,
+    bias_stride_qx,
+    bias_stride_ky,
+    bias_stride_kx,
+    HAS_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -139,6 +169,8 @@ def key_kernel(
     grad_out += image * HEAD_DIM
     lse += image
     delta += image
+    bias_of_row = bias_start + y * bias_stride_ky + x * bias_stride_kx
+    bias_of_head = head.to(tl.int64) * bias_stride_h
 
     acc_k = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -155,6 +187,9 @@ def key_kernel(
         norm = tl.load(lse + row, mask=asks, other=float("inf")) * LOG2_E
         drop = tl.load(delta + row, mask=asks, other=0.0)
         logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2_E)
+        if HAS_BIAS:
+            bias_of_query = query_y * bias_stride_qy + query_x * bias_stride_qx
+            logits += load_bias(bias + bias_of_head, bias_of_row, bias_of_query, valid, asks)
         weights = tl.exp2(logits - norm[None, :])
         acc_v = tl.dot(weights.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
         grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
@@ -174,21 +209,25 @@ def backward(
     indices: Tensor,
     out: Tensor,
     lse: Tensor,
+    bias: Tensor | None,
     region: tuple[int, int],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous; arguments as in `library.py`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the bias, contiguous; arguments as in `library.py`."""
     q, k, v = equally_strided(q, k, v)
     # The gradient of a sum is an expanded number.
     grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     delta = torch.empty_like(lse)
-    options = {**geometry(q, indices, region), **launch_options(q, region, backward=True)}
+    shape = {**geometry(q, indices, region), **bias_geometry(bias, q)}
+    options = {**shape, **launch_options(q, region, bias is not None, backward=True)}
     grid = (num_programs(q, region, options["BLOCK_Q"]),)
-    query_kernel[grid](q, k, v, indices, out, lse, grad_out, grad_lse, delta, grad_q, scale, **options)
+    query_kernel[grid](q, k, v, indices, bias, out, lse, grad_out, grad_lse, delta, grad_q, scale, **options)
     starts, queries = reverse_lists(indices)
-    key_kernel[grid](q, k, v, starts, queries, lse, grad_out, delta, grad_k, grad_v, scale, **options)
-    return grad_q, grad_k, grad_v
+    key_kernel[grid](q, k, v, starts, queries, bias, lse, grad_out, delta, grad_k, grad_v, scale, **options)
+    if bias is None:
+        return grad_q, grad_k, grad_v, None
+    return grad_q, grad_k, grad_v, bias_gradient(q, k, v, indices, bias, lse, grad_out, delta, region, scale)
 
 
 def reverse_lists(indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,11 +36,19 @@ def position(region, pixel, height, width, region_h, region_w, regions_x):
 
 
 @triton.jit
+def load_bias(bias, row, column, row_valid, column_valid):
+    """The bias of pairs `[rows, columns]`, in the units of the logits; its place is a sum of one of each."""
+    mask = row_valid[:, None] & column_valid[None, :]
+    return tl.load(bias + row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32) * LOG2_E
+
+
+@triton.jit
 def forward_kernel(
     q,
     k,
     v,
     lists,
+    bias,
     out,
     lse,
     scale,
@@ -58,6 +66,13 @@ def forward_kernel(
     regions_x,
     regions,
     topk,
+    bias_start,
+    bias_stride_h,
+    bias_stride_qy,
+    bias_stride_qx,
+    bias_stride_ky,
+    bias_stride_kx,
+    HAS_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -73,6 +88,8 @@ def forward_kernel(
     begin = batch * stride_b + head * stride_h
     query = load_rows(q + begin, y * stride_y + x * stride_x, valid, HEAD_DIM, BLOCK_D)
     lists += batch * list_stride_b + head * list_stride_h + region * topk
+    bias_of_row = bias_start + y * bias_stride_qy + x * bias_stride_qx
+    bias_of_head = head.to(tl.int64) * bias_stride_h
 
     best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -85,6 +102,9 @@ def forward_kernel(
         offset = key_y * stride_y + key_x * stride_x
         key = load_rows(k + begin, offset, seen, HEAD_DIM, BLOCK_D)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
+        if HAS_BIAS:
+            bias_of_key = key_y * bias_stride_ky + key_x * bias_stride_kx
+            logits += load_bias(bias + bias_of_head, bias_of_row, bias_of_key, valid, seen)
         logits = tl.where(seen[None, :], logits, float("-inf"))
         new_best = tl.maximum(best, tl.max(logits, 1))
         # As long as no key was seen, everything is -inf, and -inf - -inf is not a number.
@@ -105,15 +125,25 @@ def forward_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, region: tuple[int, int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    region: tuple[int, int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, H, W, heads, d]`, log-sum-exp `[B, H, W, heads]` float32; arguments as in `library.py`."""
     q, k, v = equally_strided(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-    options = {**geometry(q, indices, region), **launch_options(q, region)}
+    options = {
+        **geometry(q, indices, region),
+        **bias_geometry(bias, q),
+        **launch_options(q, region, bias is not None),
+    }
     grid = (num_programs(q, region, options["BLOCK_Q"]),)
-    forward_kernel[grid](q, k, v, indices, out, lse, scale, **options)
+    forward_kernel[grid](q, k, v, indices, bias, out, lse, scale, **options)
     return out, lse
 
 
@@ -136,6 +166,23 @@ def geometry(q: Tensor, indices: Tensor, region: tuple[int, int]) -> dict[str, A
     }
 
 
+def bias_geometry(bias: Tensor | None, q: Tensor) -> dict[str, Any]:
+    """Where the bias of a pair stands: a start and a stride for each coordinate of its query and its key.
+
+    The bias is contiguous, a relative table or dense.
+    """
+    height, width = q.shape[1:3]
+    names = ("start", "stride_h", "stride_qy", "stride_qx", "stride_ky", "stride_kx")
+    if bias is None:
+        places = (0,) * 6
+    elif bias.shape[1:] == (2 * height - 1, 2 * width - 1):
+        row = 2 * width - 1
+        places = ((height - 1) * row + width - 1, bias.stride(0), -row, -1, row, 1)
+    else:
+        places = (0, bias.stride(0), width * height * width, height * width, width, 1)
+    return {"HAS_BIAS": bias is not None, **{f"bias_{n}": p for n, p in zip(names, places)}}
+
+
 def num_programs(q: Tensor, region: tuple[int, int], tile: int) -> int:
     """Tiles of all regions, heads and images."""
     batch, height, width, heads, _ = q.shape
@@ -144,7 +191,11 @@ def num_programs(q: Tensor, region: tuple[int, int], tile: int) -> int:
 
 
 def launch_options(
-    q: Tensor, region: tuple[int, int], backward: bool = False, hip: bool = torch.version.hip is not None
+    q: Tensor,
+    region: tuple[int, int],
+    has_bias: bool = False,
+    backward: bool = False,
+    hip: bool = torch.version.hip is not None,
 ) -> dict[str, Any]:
     """Tiles, warps and precision for these shapes.
 
@@ -164,7 +215,8 @@ def launch_options(
         "HEAD_DIM": q.shape[4],
         "BLOCK_D": dim,
         "BLOCK_Q": own,
-        "BLOCK_K": 32 if dim > 64 or single else 64,
+        # The places of a bias are held beside the logits.
+        "BLOCK_K": 32 if dim > 64 or single or has_bias else 64,
         "PRECISION": precision(q),
         "num_warps": warps,
         "num_stages": 1 if dim > 64 or single else 2,
