@@ -20,7 +20,7 @@ from ..kernels import window_attention
 from ..kernels.checks import pair
 from ..layers import WindowAttention2d
 from ..layers.maps import fill_up, on_nhwc
-from ._pyramid import Block, Pyramid, Stage
+from ._pyramid import Block, Pyramid, Stage, convolve
 from ._shared import drop_path_rates
 
 # Called as `attention(dim, num_heads, stage=i, size=(height, width), device=..., dtype=...)`, the size being
@@ -70,7 +70,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = fill_up(x, (self.stride, self.stride)) if self.fill else x
-        x = self.norm(on_nhwc(self.proj, x))
+        x = self.norm(convolve(self.proj, x))
         if self.pos_embed is None or self.size is None:
             return x
         return x + resize_tokens(self.pos_embed, self.size, (x.shape[1], x.shape[2]), "bilinear")
