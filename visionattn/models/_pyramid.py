@@ -52,7 +52,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.hidden_dim = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, self.hidden_dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
@@ -62,7 +63,7 @@ class Block(nn.Module):
         """`x` and the MLP branch; in inference on a CPU large maps are overwritten piece by piece."""
         on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
         inference = on_cpu and not (self.training or torch.is_grad_enabled())
-        if not inference or self.mlp.fc1.out_features * x[..., 0].numel() <= _IN_CACHE:
+        if not inference or self.hidden_dim * x[..., 0].numel() <= _IN_CACHE:
             return x + self.drop_path(self.mlp(self.norm2(x)))
         x = x.contiguous()
         for piece in x.view(-1, x.shape[-1]).split(_PIECE * torch.get_num_threads()):
