@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.layers import AgentAttention2d, InLineAttention2d, WindowAttention2d
+from visionattn.models import _pyramid
 from visionattn.models._hosts import StripeAttention
 
 DEIT: dict[str, Any] = {"embed_dim": 48, "num_heads": 2, "depth": 3}
@@ -236,3 +237,19 @@ def test_operations_grow_linearly_with_the_number_of_pixels(name):
 
     # The prediction of InLine's local kernels does not grow at all.
     assert operations(896) == pytest.approx(16 * operations(224), rel=0.01)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_inference_in_pieces_gives_the_same(name, monkeypatch):
+    """Large maps pass the MLPs piece by piece, small ones meet convolutions as products of patches."""
+    net, image = build(name).double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    expected = net(image).detach()
+    monkeypatch.setattr(_pyramid, "_IN_CACHE", 0)
+    monkeypatch.setattr(_pyramid, "_PIECE", 7)
+    monkeypatch.setattr(_pyramid, "_WEIGHTS_PER_NUMBER", 0)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(image), expected)
+        features = net.forward_intermediates(image, intermediates_only=True)
+        before = [x.clone() for x in features]
+        net(image)
+        torch.testing.assert_close(features, before, rtol=0, atol=0)

@@ -15,10 +15,9 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..kernels.checks import pair
-from ..layers.maps import on_nhwc
 from ._hosts import Attention, Size, fit_tables, resize_tokens, square
 from ._layout import Layout, Names, Shapes, Weights, classes_of, unwrap
-from ._pyramid import Block, init_linear
+from ._pyramid import Block, convolve, init_linear
 from ._shared import check_size, drop_path_rates
 
 
@@ -225,7 +224,7 @@ class DeiT(nn.Module):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
         check_size(x, self.min_size)
-        x = on_nhwc(self.patch_embed, x.permute(0, 2, 3, 1))
+        x = convolve(self.patch_embed, x.permute(0, 2, 3, 1))
         size = (x.shape[1], x.shape[2])
         pos = resize_tokens(self.pos_embed[:, 1:], self.size, size, "bicubic")
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)

@@ -32,7 +32,7 @@ from ._layout import (
     unwrap,
     window_index,
 )
-from ._pyramid import Block, Pyramid, Stage
+from ._pyramid import Block, Pyramid, Stage, convolve
 from ._shared import drop_path_rates
 
 # Called as `attention(dim, num_heads, stage=i, size=(height, width), device=..., dtype=...)`, the size being
@@ -82,7 +82,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = fill_up(x, (self.stride, self.stride)) if self.fill else x
-        x = self.norm(on_nhwc(self.proj, x))
+        x = self.norm(convolve(self.proj, x))
         if self.pos_embed is None or self.size is None:
             return x
         return x + resize_tokens(self.pos_embed, self.size, (x.shape[1], x.shape[2]), "bilinear")

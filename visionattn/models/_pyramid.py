@@ -10,12 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from ..layers.maps import on_nhwc
 from ._backbone import Backbone, CheckpointedStage
 from ._shared import check_size
+
+# The hidden features of an MLP, in numbers, that caches hold; the pixels of a piece where they are more. The
+# best of powers of two as measured: up to 1.8 times faster.
+_IN_CACHE, _PIECE = 1 << 20, 512
+# So many weights for a number of the patches make a product of patches faster than a convolution.
+_WEIGHTS_PER_NUMBER = 4
 
 
 class Block(nn.Module):
@@ -44,12 +52,23 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.hidden_dim = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, self.hidden_dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        x = x + self.drop_path(self.attend(x, *args))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.feed_forward(x + self.drop_path(self.attend(x, *args)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """`x` and the MLP branch; in inference on a CPU large maps are overwritten piece by piece."""
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        inference = on_cpu and not (self.training or torch.is_grad_enabled())
+        if not inference or self.hidden_dim * x[..., 0].numel() <= _IN_CACHE:
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x.contiguous()
+        for piece in x.view(-1, x.shape[-1]).split(_PIECE * torch.get_num_threads()):
+            piece += self.mlp(self.norm2(piece))
+        return x
 
     def attend(self, x: Tensor, *args: Any) -> Tensor:
         """The attention branch; further arguments are the attention's."""
@@ -130,6 +149,26 @@ class Pyramid(Backbone):
 
     def _as_nchw(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A strided convolution of `[B, H, W, C]`, as `on_nhwc`, and fast where weights outnumber the pixels.
+
+    A convolution first copies its weights into another order, which for the small maps of late stages is most
+    of the work; as a product of patches it takes them as they are.
+    """
+    padding: Any = conv.padding
+    (height, width), (step_y, step_x) = conv.kernel_size, conv.stride
+    numbers = x.numel() * height * width // (step_y * step_x)
+    if (
+        x.device.type != "cpu"
+        or conv.weight.numel() < _WEIGHTS_PER_NUMBER * numbers
+        or torch.compiler.is_compiling()
+    ):
+        return on_nhwc(conv, x)
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    patches = x.unfold(1, height, step_y).unfold(2, width, step_x).flatten(3)
+    return F.linear(patches, conv.weight.flatten(1), conv.bias)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..layers import LinearAttention2d, WindowAttention2d
 from ..layers.maps import fill_up, on_nhwc
 from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
-from ._pyramid import Block, Pyramid, Stage
+from ._pyramid import Block, Pyramid, Stage, convolve
 from ._shared import drop_path_rates
 
 __all__ = ["L2ViT"]
@@ -64,7 +64,7 @@ class Downsample(nn.Module):
         self.proj = nn.Conv2d(in_dim, dim, 2, stride=2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return on_nhwc(self.proj, fill_up(self.norm(x), (2, 2)))
+        return convolve(self.proj, fill_up(self.norm(x), (2, 2)))
 
 
 class LocalConcentration(nn.Module):
@@ -127,7 +127,7 @@ class L2Block(Block):
             x = x + on_nhwc(self.cpe[1], x)
         else:
             x = x + self.drop_path(self.local_mp(self.norm3(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.feed_forward(x)
 
 
 class L2ViT(Pyramid):

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from visionattn.layers import WindowAttention2d
 from visionattn.models._deit import SoftmaxAttention
 from visionattn.models._hosts import PatchEmbedding, PatchMerging, StripeAttention, resize_tokens
+from visionattn.models._pyramid import Block
 
 from .hat import gathered_bias, shift_mask
 from .windows import merge, partition
 
 Size = tuple[int, int]
+
+
+def block(self: Block, x: Tensor, *args: Any) -> Tensor:
+    """Two branches, the MLP on the whole map."""
+    x = x + self.drop_path(self.attend(x, *args))
+    return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def embed_patches(self: PatchEmbedding, x: Tensor) -> Tensor:
@@ -111,6 +118,7 @@ def windows_of_planes(x: Tensor, window: Size) -> Tensor:
 
 FUNCTIONS: dict[str, Any] = {
     "models._deit.SoftmaxAttention.forward": softmax_attention,
+    "models._pyramid.Block.forward": block,
     "models._hosts.PatchEmbedding.forward": embed_patches,
     "models._hosts.PatchMerging.forward": merge_patches,
     "models._hosts.StripeAttention.forward": stripe_attention,

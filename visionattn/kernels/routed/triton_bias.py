@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import LOG2_E, load_rows
+from ..triton_rows import LOG2_E, load_rows, padded_head_dim, precision
 from .triton_forward import bias_geometry, geometry, load_bias
 
 
@@ -144,7 +144,7 @@ def bias_gradient(
 
 def bias_launch_options(q: Tensor, is_table: bool) -> dict[str, object]:
     """Tiles, warps and precision of `bias_kernel` for these shapes."""
-    dim = max(16, triton.next_power_of_2(q.shape[4]))
+    dim = padded_head_dim(q)
     single = q.dtype == torch.float32
     widest = 32 if dim > 64 or single else 64
     return {
@@ -152,7 +152,7 @@ def bias_launch_options(q: Tensor, is_table: bool) -> dict[str, object]:
         "HEAD_DIM": q.shape[4],
         "BLOCK_D": dim,
         "BLOCK": min(max(16, triton.next_power_of_2(q.shape[2])), widest),
-        "PRECISION": "ieee" if single and not torch.backends.cuda.matmul.allow_tf32 else "tf32",
+        "PRECISION": precision(q),
         "num_warps": 8,
         "num_stages": 1,
     }
