@@ -35,7 +35,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parsed = parser.parse_args(arguments)
     if parsed.table is None and parsed.target is None:
         parser.error("name a CHECKPOINT and a FILE, or --table")
-    if min([parsed.batch, *(parsed.size or [])]) < 1:
+    if any(number < 1 for number in (parsed.batch, *(parsed.size or ()))):
         parser.error("--batch and --size must be at least 1")
     return parsed
 

@@ -90,7 +90,8 @@ def export_network(
     if format == "onnx" and (absent := [n for n in _ONNX if importlib.util.find_spec(n) is None]):
         raise ValueError(f"ONNX needs {' and '.join(absent)}: pip install 'visionattn[export]'")
     network = network.eval()
-    channels, *usual = network.pretrained_cfg["input_size"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    cfg: Any = network.pretrained_cfg
+    channels, *usual = cfg["input_size"]
     height, width = size or usual
     # With one image, PyTorch would take the batch for a constant.
     first = (max(batch, 2) if dynamic else batch, height, width)

@@ -174,10 +174,17 @@ def build(
     """
     if not describe:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
-    defaults = {p.name: p.default for p in inspect.signature(model_cls).parameters.values()}
+    defaults = _defaults(model_cls)
     given = {name: value for name, value in kwargs.items() if name in defaults}
     arguments = {**defaults, **given, **(settings or {})}
     return Variant(variant, model_cls, {n: v for n, v in arguments.items() if n not in _NO_ARGUMENTS})
+
+
+def _defaults(model_cls: type) -> dict[str, Any]:
+    """The parameters of a class, and of its base where they are handed on."""
+    own = inspect.signature(model_cls).parameters
+    inherited = _defaults(model_cls.__bases__[0]) if "kwargs" in own else {}
+    return {**inherited, **{name: parameter.default for name, parameter in own.items()}}
 
 
 # Parameters of classes that are no choice of a user who describes a network.
