@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,18 +9,17 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from torch import nn
 
-from visionattn.data.images import ImageError, list_images, open_image
+from visionattn.data.images import ImageError, open_image
 from visionattn.engine.config import ModelConfig
 from visionattn.engine.errors import InputError, as_input_error
 from visionattn.engine.network import check_network_name, create_network
-from visionattn.engine.run_folder import replacing
 from visionattn.models._restoration import RestorationInfo
 from visionattn.tasks import create_task, load_trained_config
 from visionattn.tasks.classification import ClassificationTask, classify
-from visionattn.tasks.restoration import restore
+from visionattn.tasks.pictures import list_pictures
+from visionattn.tasks.restore_files import restore_files
 
 
 def predict_files(
@@ -48,42 +46,56 @@ def predict_files(
     Raises:
         InputError: the network, the weights or the images do not exist.
     """
-    if not Path(images).exists():
-        raise InputError(f"there is no image or folder {images}")
-    with as_input_error("cannot read the images", FileNotFoundError):
-        files = [Path(images)] if Path(images).is_file() else list_images(images)
-    predict, upscale = _open(source, checkpoint, top)
-    stems = Counter(file.stem for file in files)
+    files = find_pictures(images)
+    model, names = _open(source, checkpoint, top)
+    if names is None:
+        yield from restore_files(model, files, Path(output))
+        return
     for file in files:
         try:
-            result = predict(open_image(file))
+            yield file, names([open_image(file)])[0]
         except ValueError as error:
             yield file, error if isinstance(error, ImageError) else ImageError(f"{file}: {error}")
-            continue
-        if isinstance(result, Image.Image):
-            name = file.stem if stems[file.stem] == 1 else file.name
-            written = Path(output) / f"{name}_x{upscale}.png"
-            with replacing(written) as beside:
-                result.save(beside, format="PNG")
-            result = written
-        yield file, result
 
 
-def _open(source: str, checkpoint: str | None, top: int) -> tuple[Callable[[Image.Image], Any], int]:
-    """The prediction of one image, and how many times larger it makes it."""
+def find_pictures(place: str | Path) -> list[Path]:
+    """The image file, or those of a folder.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not Path(place).exists():
+        raise InputError(f"there is no image or folder {place}")
+    with as_input_error("cannot read the images", FileNotFoundError):
+        return list_pictures(place)
+
+
+def open_restorer(source: str, checkpoint: str | None) -> nn.Module:
+    """The restoration network of a name, run folder or configuration, on the best device, for inference.
+
+    Raises:
+        InputError: it does not exist, has no weights, or is not made for restoration.
+    """
+    model, names = _open(source, checkpoint, top=1)
+    if names is not None:
+        raise InputError(f"{source} does not restore images")
+    return model
+
+
+def _open(source: str, checkpoint: str | None, top: int) -> tuple[nn.Module, Callable[..., Any] | None]:
+    """The network, and its function from images to names unless it restores images."""
+    names = None
     if Path(source).exists():
         task = create_task(load_trained_config(source, checkpoint=checkpoint))
         model = task.model
         names = partial(task.predict, top=top) if isinstance(task, ClassificationTask) else None
     else:
-        model, names = _open_network(source, checkpoint), None
+        model = _open_network(source, checkpoint)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model.to(device or "cpu").eval()
-    info = getattr(model, "info", None)
-    if isinstance(info, RestorationInfo):
-        return partial(restore, model), info.upscale
-    names = names or partial(classify, model, top=top)
-    return lambda image: names([image])[0], 1
+    if isinstance(getattr(model, "info", None), RestorationInfo):
+        return model, None
+    return model, names or partial(classify, model, top=top)
 
 
 def _open_network(name: str, checkpoint: str | None) -> nn.Module:
