@@ -145,7 +145,8 @@ class RectangleWindowAttention(nn.Module):
         lower, higher = sorted(rows for rows, _ in self.windows)
 
         def attend(rows: Tensor, top: int | None) -> Tensor:
-            return rows + drop_path(self(norm(rows), top, height))
+            whole = top is None or (not torus and rows.shape[1] == height)
+            return rows + drop_path(self(norm(rows)) if whole else self(norm(rows), top, height))
 
         # Bands end with windows of the higher kind. Across their ends reach the convolution, by one row, and
         # when shifted the lower windows, by half of theirs.

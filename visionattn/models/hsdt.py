@@ -67,7 +67,7 @@ class DownConv(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, D, H, W, C]` to `[B, D, H / 2, W / 2, 2 * C]`."""
-        return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        return _convolve(self, x)
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
@@ -95,7 +95,7 @@ class UpConv(nn.Conv3d):
             x = _double_rows(x, top, height)
         size = (2 * rows, 2 * columns)
         x = _on_maps(lambda m: F.interpolate(m, size, mode="bilinear", align_corners=True), x)
-        return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        return _convolve(self, x)
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
@@ -325,7 +325,7 @@ class HSDT(nn.Module):
         y = self.forward_features(padded.permute(0, 2, 3, 4, 1).contiguous())
 
         def tail(y: Tensor, x: Tensor) -> Tensor:
-            return x + self.tail(y.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+            return x + _convolve(self.tail, y)
 
         y = by_bands(tail, y, padded[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2)
         y = y.permute(0, 4, 1, 2, 3)[..., :height, :width]
@@ -392,6 +392,17 @@ def _on_maps(function: Any, x: Tensor) -> Tensor:
     """A 2-D operation on every band of `[B, D, H, W, C]`; the permutations are views of its memory."""
     y = function(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return y.unflatten(0, x.shape[:2])
+
+
+def _convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """A 3x3x3 convolution of `[B, D, H, W, C]` as one of maps with the channels of three bands each.
+
+    PyTorch would unfold a single 3-D image, 27 times its size, on a CPU.
+    """
+    near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
+    three = torch.cat((near[:, :-2], x, near[:, 2:]), -1)
+    weight = conv.weight.transpose(1, 2).flatten(1, 2)
+    return _on_maps(lambda maps: F.conv2d(maps, weight, conv.bias, conv.stride[1:], padding=1), three)
 
 
 def _double_rows(x: Tensor, top: int, height: int) -> Tensor:

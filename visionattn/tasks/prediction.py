@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from visionattn.data.images import ImageError, list_images, open_image
+from visionattn.data.images import ImageError, open_image
 from visionattn.engine.config import ModelConfig
 from visionattn.engine.errors import InputError, as_input_error
 from visionattn.engine.network import check_network_name, create_network
@@ -21,7 +21,8 @@ from visionattn.engine.run_folder import replacing
 from visionattn.models._restoration import RestorationInfo
 from visionattn.tasks import create_task, load_trained_config
 from visionattn.tasks.classification import ClassificationTask, classify
-from visionattn.tasks.restoration import restore
+from visionattn.tasks.pictures import list_pictures
+from visionattn.tasks.restore_files import restore_files
 
 
 def predict_files(
@@ -48,44 +49,65 @@ def predict_files(
     Raises:
         InputError: the network, the weights or the images do not exist.
     """
-    if not Path(images).exists():
-        raise InputError(f"there is no image or folder {images}")
-    with as_input_error("cannot read the images", FileNotFoundError):
-        files = [Path(images)] if Path(images).is_file() else list_images(images)
-    predict, suffix = _open(source, checkpoint, top)
+    files = find_pictures(images)
+    model, find = _open(source, checkpoint, top)
+    if find is None:
+        yield from restore_files(model, files, Path(output))
+        return
     stems = Counter(file.stem for file in files)
     for file in files:
         try:
-            result = predict(open_image(file))
+            found = find(open_image(file))
         except ValueError as error:
             yield file, error if isinstance(error, ImageError) else ImageError(f"{file}: {error}")
             continue
-        if isinstance(result, Image.Image):
-            name = file.stem if stems[file.stem] == 1 else file.name
-            written = Path(output) / f"{name}_{suffix}.png"
-            with replacing(written) as beside:
-                result.save(beside, format="PNG")
-            result = written
-        yield file, result
+        if isinstance(found, Image.Image):
+            drawn = Path(output) / f"{file.stem if stems[file.stem] == 1 else file.name}_found.png"
+            with replacing(drawn) as beside:
+                found.save(beside, format="PNG")
+            found = drawn
+        yield file, found
 
 
-def _open(source: str, checkpoint: str | None, top: int) -> tuple[Callable[[Image.Image], Any], str]:
-    """The prediction of one image, and what is added to its name if the prediction is an image."""
+def find_pictures(place: str | Path) -> list[Path]:
+    """The image file, or those of a folder.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not Path(place).exists():
+        raise InputError(f"there is no image or folder {place}")
+    with as_input_error("cannot read the images", FileNotFoundError):
+        return list_pictures(place)
+
+
+def open_restorer(source: str, checkpoint: str | None) -> nn.Module:
+    """The restoration network of a name, run folder or configuration, on the best device, for inference.
+
+    Raises:
+        InputError: it does not exist, has no weights, or is not made for restoration.
+    """
+    model, find = _open(source, checkpoint, top=1)
+    if find is not None:
+        raise InputError(f"{source} does not restore images")
+    return model
+
+
+def _open(source: str, checkpoint: str | None, top: int) -> tuple[nn.Module, Callable[..., Any] | None]:
+    """The network, and unless it restores images what it finds in one: names, or a picture."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    task: Any = None
     if Path(source).exists():
-        task: Any = create_task(load_trained_config(source, checkpoint=checkpoint)).to(device or "cpu").eval()
-        if hasattr(task, "draw"):
-            return task.draw, task.config.task
-        model = task.model
-        names = partial(task.predict, top=top) if isinstance(task, ClassificationTask) else None
-    else:
-        model, names = _open_network(source, checkpoint), None
+        task = create_task(load_trained_config(source, checkpoint=checkpoint)).to(device or "cpu").eval()
+    model: nn.Module = _open_network(source, checkpoint) if task is None else task.model
     model.to(device or "cpu").eval()
-    info = getattr(model, "info", None)
-    if isinstance(info, RestorationInfo):
-        return partial(restore, model), f"x{info.upscale}"
+    if isinstance(getattr(model, "info", None), RestorationInfo):
+        return model, None
+    if hasattr(task, "draw"):
+        return model, task.draw
+    names = partial(task.predict, top=top) if isinstance(task, ClassificationTask) else None
     names = names or partial(classify, model, top=top)
-    return lambda image: names([image])[0], ""
+    return model, lambda image: names([image])[0]
 
 
 def _open_network(name: str, checkpoint: str | None) -> nn.Module:
