@@ -103,7 +103,7 @@ def _open(source: str, checkpoint: str | None, top: int) -> tuple[nn.Module, Cal
     model.to(device or "cpu").eval()
     if isinstance(getattr(model, "info", None), RestorationInfo):
         return model, None
-    if hasattr(task, "draw"):
+    if task is not None and hasattr(task, "draw"):
         return model, task.draw
     names = partial(task.predict, top=top) if isinstance(task, ClassificationTask) else None
     names = names or partial(classify, model, top=top)
