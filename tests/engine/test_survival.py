@@ -161,7 +161,7 @@ def test_the_scaler_of_float16_is_resumed() -> None:
     def state() -> TrainingState:
         model = torch.nn.Linear(2, 1)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
-        return TrainingState(model, SGD(model.parameters(), 0.1), scaler, None, Plan(1, 9, None, None))
+        return TrainingState(model, None, SGD(model.parameters(), 0.1), scaler, None, Plan(1, 9, None, None))
 
     first, second = state(), state()
     for _ in range(4):  # grows once, and counts one step towards the next time

@@ -162,7 +162,7 @@ def test_a_run_resumes_exactly_and_leaves_pictures(
 
 
 def test_it_learns(make: Callable[..., DetectionTask], tmp_path: Path):
-    loop.train(make(schedule={"steps": 20, "warmup": 3}))
+    loop.train(make(schedule={"steps": 40, "warmup": 3}))
     found = losses(tmp_path / "run")
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
 

@@ -46,7 +46,7 @@ def run_folder(tmp_path: Path) -> Path:
     )
     folder = RunFolder(config.run_folder)
     folder.start(config, "cpu")
-    folder.write_weights("best", tasks.create_task(config).model, {})
+    folder.write_weights("best", tasks.create_task(config).model, None, {})
     return config.run_folder
 
 

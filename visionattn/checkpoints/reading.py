@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import zipfile
@@ -103,7 +104,9 @@ def _read_pickle(path: Path) -> object:
         with path.open("rb") as file:
             if file.read(len(_ZIP)) == _ZIP:
                 _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Official files hold the options of their training; what others have made safe stays so.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

@@ -159,12 +159,11 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """
     padding: Any = conv.padding
     (height, width), (step_y, step_x) = conv.kernel_size, conv.stride
+    # First of all, because the comparison of sizes would bind a traced program to them.
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return on_nhwc(conv, x)
     numbers = x.numel() * height * width // (step_y * step_x)
-    if (
-        x.device.type != "cpu"
-        or conv.weight.numel() < _WEIGHTS_PER_NUMBER * numbers
-        or torch.compiler.is_compiling()
-    ):
+    if conv.weight.numel() < _WEIGHTS_PER_NUMBER * numbers:
         return on_nhwc(conv, x)
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     patches = x.unfold(1, height, step_y).unfold(2, width, step_x).flatten(3)

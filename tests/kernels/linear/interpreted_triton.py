@@ -1,4 +1,4 @@
-"""The fused linear and agent attention in Triton's interpreter; `test_triton.py` runs this file."""
+"""The fused linear and agent attention in Triton's interpreter; `test_linear_triton.py` runs this file."""
 
 from __future__ import annotations
 
