@@ -1,4 +1,4 @@
-"""The fused routed attention in Triton's interpreter; run by `test_routed_triton.py` in a process of its own."""
+"""The fused routed attention in Triton's interpreter; `test_routed_triton.py` runs this file."""
 
 from __future__ import annotations
 
