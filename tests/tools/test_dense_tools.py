@@ -78,7 +78,7 @@ def test_train_resume_evaluate_predict(config: Path, run_tool, scenes: Path, tmp
     )
     assert status == 0
     assert len(printed.splitlines()) == 3
-    with Image.open(tmp_path / f"out/000000_found.png") as picture:
+    with Image.open(tmp_path / "out/000000_found.png") as picture:
         assert max(picture.size) >= 384
 
 
