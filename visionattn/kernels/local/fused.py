@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .library import ARGUMENTS, decode, encode, flops, one_by_one, second_derivatives
+from ..vmap import one_by_one
+from .library import ARGUMENTS, decode, encode, flops, second_derivatives
 from .pattern import Pattern
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,13 +7,14 @@ of PyTorch can enter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..vmap import one_by_one
 from .pattern import Axis, Border, Pattern
 from .pytorch import tiled_attention
 from .pytorch_backward import local_attention_backward
@@ -183,20 +184,6 @@ def _backward_flops(
 ) -> int:
     """The logits again, and a product for each of the weights' gradient, dq, dk and dv."""
     return flops(q, geometry, products=5)
-
-
-def one_by_one(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """The rule for `torch.vmap`: gradients of the bias are per sample and cannot share a batch."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
-        samples = []
-        for i in range(info.batch_size):
-            pairs = zip(args, in_dims)
-            samples.append(operator(*(a.select(d, i) if isinstance(d, int) else a for a, d in pairs)))
-        outs = tuple(torch.stack(parts) for parts in zip(*samples))
-        return outs, (0,) * len(outs)
-
-    return rule
 
 
 local_attention.register_vmap(one_by_one(local_attention))
