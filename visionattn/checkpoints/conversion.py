@@ -17,7 +17,7 @@ from timm.models._hub import save_config_for_hf, save_for_hf
 from torch import Tensor, nn
 
 from .identify import Identity, backbone_of, identify, layout_of
-from .loading import load_checkpoint, save_checkpoint, whole, write_weights
+from .loading import load_checkpoint, replacing_whole, save_checkpoint, write_weights
 from .reading import CheckpointError, read_checkpoint
 
 
@@ -98,7 +98,7 @@ def save_official(network: nn.Module, path: str | os.PathLike[str]) -> None:
     if path.suffix == ".safetensors":
         write_weights(weights, path)
         return
-    with whole(path) as beside:
+    with replacing_whole(path) as beside:
         torch.save(weights if wrapper is None else {wrapper: weights}, beside)
 
 
@@ -118,7 +118,7 @@ def save_folder(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is no empty folder")
-    with whole(folder) as beside:
+    with replacing_whole(folder) as beside:
         save_for_hf(network, str(beside), model_args=dict(arguments or {}), safe_serialization=True)
 
 

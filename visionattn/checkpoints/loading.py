@@ -157,13 +157,13 @@ def write_weights(
     weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors that share no memory as safetensors; an existing file is replaced only by a whole one."""
-    with whole(path) as beside:
+    with replacing_whole(path) as beside:
         # Not save_file, whose files only their owner can read.
         beside.write_bytes(save(dict(weights), {"format": "pt", **(metadata or {})}))
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name beside `path` to write to; it takes its place when the block ends, and is gone if it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.checkpoints import save_checkpoint
+from visionattn.checkpoints.loading import replacing_whole
 
 from .config import RunConfig
 from .errors import InputError, RunError, as_input_error
@@ -48,14 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full. The file at `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with writing(path):
-            yield beside
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path), replacing_whole(path) as beside:
+        yield beside
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from visionattn.checkpoints.loading import whole
+from visionattn.checkpoints.loading import replacing_whole
 from visionattn.kernels import use_backend
 
 Format = Literal["program", "onnx", "aoti"]
@@ -101,7 +101,7 @@ def export_network(
         wanted = {shape: _as_tuple(network(_image(channels, shape))) for shape in (first, *others)}
         started = time.perf_counter()
         program = _program(network, image, dynamic)
-        with whole(path) as beside:
+        with replacing_whole(path) as beside:
             named = beside.with_name(f"{beside.name}{path.suffix}")  # AOTInductor insists on its suffix
             try:
                 _WRITERS[format](program, image, named)

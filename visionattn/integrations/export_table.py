@@ -13,7 +13,7 @@ import timm
 import torch
 
 from visionattn.checkpoints.identify import families
-from visionattn.checkpoints.loading import whole
+from visionattn.checkpoints.loading import replacing_whole
 
 from .export import FORMATS, Exported, ExportError, Format, export_network
 
@@ -99,7 +99,7 @@ def write_table(rows: Sequence[Row], path: str | Path, command: str) -> None:
         command=command,
         versions=f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}",
     )
-    with whole(path) as beside:
+    with replacing_whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
