@@ -40,7 +40,7 @@ def linear_attention(
     *,
     normalize: Normalize = "sum",
     scale: float | None = None,
-    eps: float = 1e-6,
+    eps: float | None = None,
     floor: float | None = None,
 ) -> Tensor:
     """Attention with weights that are products instead of exponentials; O(H W d²) per head.
@@ -63,7 +63,7 @@ def linear_attention(
         normalize: the normalisation above.
         scale: multiplies q·k; `d ** -0.5` by default. With `"sum"` it matters only against `eps` and `floor`;
             `1 / (H * W)` gives the form with means in place of sums.
-        eps: added to the denominator of `"sum"`.
+        eps: added to the denominator of `"sum"`; 1e-6 by default.
         floor: smallest denominator of `"sum"`; none by default.
 
     Returns:
@@ -78,6 +78,9 @@ def linear_attention(
             f"normalize={normalize!r} is unknown; choose one of {', '.join(get_args(Normalize))}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # A number in the signature would be an input of a program compiled for all sizes: no operator takes such
+    # an input, and the program would be made twice.
+    eps = 1e-6 if eps is None else eps
     floor = float("-inf") if floor is None else floor
     return LINEAR_ATTENTION(q, k, v, normalize, scale, eps, floor).contiguous()
 
