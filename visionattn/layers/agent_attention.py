@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import agent_attention
 from ..kernels.checks import pair
+from .linear import Linear
 from .maps import as_tokens, on_nhwc
 
 # Biases that are kept between calls, in numbers per layer: all of them up to 512 x 512 images. Those of
@@ -58,8 +59,8 @@ class AgentAttention2d(nn.Module):
         self.agents = agents
         self.agent_shape = pair("agent_shape", agents if agent_shape is None else agent_shape)
         self.prefix = prefix
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
 
         def table(*shape: int) -> nn.Parameter:

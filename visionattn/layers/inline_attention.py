@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import linear_attention
+from .linear import Linear
 from .maps import as_tokens, on_nhwc
 
 
@@ -36,8 +37,8 @@ class InLineAttention2d(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.residual = nn.Sequential(
             nn.Conv1d(dim, dim, 1, groups=num_heads, **dd),
             nn.GELU(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import linear_attention
+from .linear import Linear
 
 
 class LinearAttention2d(nn.Module):
@@ -36,8 +37,8 @@ class LinearAttention2d(nn.Module):
         self.num_heads = num_heads
         self.floor = floor
         self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), (dim // num_heads) ** -0.5, **dd))
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""

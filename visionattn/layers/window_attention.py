@@ -9,6 +9,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels import window_attention
+from .linear import Linear
 from .maps import fill_up
 
 
@@ -45,8 +46,8 @@ class WindowAttention2d(nn.Module):
         self.window_size = window_size
         self.shift = shift
         self.always_shift = always_shift
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.relative_position_bias_table = None
         if relative_bias:
             side = 2 * window_size - 1

@@ -15,6 +15,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..kernels.checks import pair
+from ..layers.linear import Linear
 from ._hosts import Attention, Size, fit_tables, resize_tokens, square
 from ._layout import Layout, Names, Shapes, Weights, classes_of, unwrap
 from ._pyramid import Block, convolve, init_linear
@@ -34,8 +35,8 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

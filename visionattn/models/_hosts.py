@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from ..kernels.checks import pair
 from ..layers import WindowAttention2d
+from ..layers.linear import Linear
 from ..layers.maps import fill_up, on_nhwc
 from ._layout import (
     CLASSIFIER,
@@ -101,7 +102,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(4 * in_dim, eps=1e-5, **dd)
-        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
+        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, in_dim]` to `[B, H / 2, W / 2, dim]`, rounded up."""
@@ -134,8 +135,8 @@ class StripeAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.stripe = stripe
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         branches = 1 if stripe is None else 2
         width = dim // branches
         self.lepe = nn.ModuleList(
