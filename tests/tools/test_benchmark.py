@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from visionattn.benchmark import kernels, models, report
+from visionattn.benchmark import kernels, models, report, scaling
 from visionattn.benchmark.cases import CASES, Case
 from visionattn.benchmark.formulations import FORMULATIONS
 from visionattn.benchmark.measure import Timing, peak_memory, time_in_turn
@@ -76,9 +76,10 @@ def test_the_authors_formulation_gives_the_same_outputs_and_gradients(family: st
 def test_kernels_are_put_back(family: str):
     formulation = FORMULATIONS[family]
     net, _ = build(family)
-    ours = {name: attrgetter(name)(formulation.module) for name in formulation.functions}
+    theirs = {**formulation.functions, **formulation.hosts.get(type(net), {})}
+    ours = {name: attrgetter(name)(formulation.module) for name in theirs}
     with formulation.in_place_of_kernels(net):
-        for name, function in formulation.functions.items():
+        for name, function in theirs.items():
             assert attrgetter(name)(formulation.module) is function
     with pytest.raises(ZeroDivisionError), formulation.in_place_of_kernels(net):
         _ = 1 / 0
@@ -213,12 +214,18 @@ def test_bad_options_of_the_simulator(run_tool, options: list[str], message: str
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_pages_show_the_committed_results(path: Path):
-    module, kind = (kernels, kernels.Measurement) if "kernels" in path.stem else (models, models.Comparison)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "kernels": (kernels, kernels.Measurement),
+        "scaling": (scaling, scaling.Growth),
+        "models": (models, models.Comparison),
+    }
+    module, kind = next(found for name, found in kinds.items() if name in path.stem)
     content = json.loads(path.read_text())
     rows: list[Any] = []
     for line in content["results"]:
         timings = {name: Timing(**value) for name, value in line.items() if isinstance(value, dict)}
-        rows.append(kind(**{**line, **timings}))
+        series = [Timing(**value) for value in line.get("timings", [])]
+        rows.append(kind(**{**line, **timings, **({"timings": series} if series else {})}))
     page, text = module.page(rows), path.with_suffix(".md").read_text()
     assert report.table(page.columns, [row.cells() for row in rows]) in text
     assert report.notes(page) in text

@@ -9,18 +9,44 @@ from torch import Tensor
 import visionattn
 from visionattn.layers import AgentAttention2d
 from visionattn.layers.maps import as_tokens
+from visionattn.models._hosts import PVT, CSwin
 
 from .formulation import Formulation
-from .linear_hosts import FUNCTIONS, Size
+from .linear_hosts import FUNCTIONS, Size, add_to_map, one_window, project, project_apart
 
 
 def agent_attention(self: AgentAttention2d, x: Tensor, size: Size | None = None) -> Tensor:
-    """The forward pass of the published layer."""
+    """The forward pass of the published layer: Swin and DeiT."""
     tokens, size, prefix = as_tokens(x, size)
-    batch, count, channels = tokens.shape
+    return _attend(self, *project(self.qkv, tokens), size, prefix).view_as(x)
+
+
+def agent_attention_pvt(self: AgentAttention2d, x: Tensor) -> Tensor:
+    """PVT: queries apart from keys and values."""
+    tokens, size, _ = as_tokens(x, None)
+    return _attend(self, *project_apart(self.qkv, tokens), size).view_as(x)
+
+
+def agent_attention_cswin(self: AgentAttention2d, x: Tensor) -> Tensor:
+    """CSwin: to planes, to one window, and back."""
+    tokens, size, _ = as_tokens(x, None)
+    q, k, v, local = one_window(*project(self.qkv, tokens), size, self.dwc)
+    return _attend(self, q, k, v, size, local=local).view_as(x)
+
+
+def _attend(
+    self: AgentAttention2d,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Size,
+    prefix: int = 0,
+    local: Tensor | None = None,
+) -> Tensor:
+    """Tokens `[B, N, C]`; `local` is the convolution of the values, where it has been computed."""
+    batch, count, channels = q.shape
     heads, side = self.num_heads, self.agents
-    q, k, v = self.qkv(tokens).reshape(batch, count, 3, channels).permute(2, 0, 1, 3)
-    pooled = F.adaptive_avg_pool2d(q[:, prefix:].unflatten(1, size).permute(0, 3, 1, 2), side)
+    pooled = F.adaptive_avg_pool2d(q[:, prefix:].reshape(batch, *size, channels).permute(0, 3, 1, 2), side)
     agents = pooled.reshape(batch, channels, -1).permute(0, 2, 1)
     q, k, v, agents = (
         t.reshape(batch, -1, heads, channels // heads).transpose(1, 2) for t in (q, k, v, agents)
@@ -42,10 +68,10 @@ def agent_attention(self: AgentAttention2d, x: Tensor, size: Size | None = None)
     out = ((q * scale) @ agents.transpose(-2, -1) + bias).softmax(-1) @ gathered
 
     out = out.transpose(1, 2).reshape(batch, count, channels)
-    values = v[:, :, prefix:].transpose(1, 2).reshape(batch, *size, channels).permute(0, 3, 1, 2)
-    local = self.dwc(values).permute(0, 2, 3, 1).reshape(batch, -1, channels)
-    out = torch.cat([out[:, :prefix], out[:, prefix:] + local], 1) if prefix else out + local
-    return self.proj(out).view_as(x)
+    if local is None:
+        values = v[:, :, prefix:].transpose(1, 2).reshape(batch, *size, channels).permute(0, 3, 1, 2)
+        local = self.dwc(values).permute(0, 2, 3, 1).reshape(batch, -1, channels)
+    return self.proj(add_to_map(out, local, prefix))
 
 
 def _repeated(bias: Tensor, batch: int) -> Tensor:
@@ -58,4 +84,8 @@ FORMULATION = Formulation(
     (),
     "biases resized and repeated, matmul-softmax-matmul over few agents; hosts in planes, rolled windows, "
     "stripes copied three times",
+    hosts={
+        CSwin: {"layers.AgentAttention2d.forward": agent_attention_cswin},
+        PVT: {"layers.AgentAttention2d.forward": agent_attention_pvt},
+    },
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from types import ModuleType
 
@@ -24,6 +24,7 @@ class Formulation:
             of the variant.
         what: the formulation in a few words.
         per_forward: caches that the authors' network fills anew in every forward pass.
+        hosts: what is replaced otherwise, or in addition, in networks of a class.
     """
 
     module: ModuleType | type
@@ -31,6 +32,7 @@ class Formulation:
     sizes: tuple[tuple[int, int], ...]
     what: str
     per_forward: tuple[Callable[[], None], ...] = ()
+    hosts: dict[type[nn.Module], dict[str, Callable[..., Tensor]]] = field(default_factory=dict)
 
     def prepare(self, net: nn.Module) -> None:
         """Make `net` the one that stands for ours; the networks of this library are as they come."""
@@ -43,9 +45,10 @@ class Formulation:
             for clear in self.per_forward:
                 clear()
 
-        ours = {name: attrgetter(name)(self.module) for name in self.functions}
+        theirs = {**self.functions, **self.hosts.get(type(net), {})}
+        ours = {name: attrgetter(name)(self.module) for name in theirs}
         hook = net.register_forward_pre_hook(start_forward)
-        self._replace(self.functions)
+        self._replace(theirs)
         try:
             # Attention that a family leaves to PyTorch is written out in products there.
             with sdpa_kernel(SDPBackend.MATH):

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import visionattn
 from visionattn.layers import InLineAttention2d
 from visionattn.layers.maps import as_tokens
+from visionattn.models._hosts import PVT, CSwin
 
 from .formulation import Formulation
-from .linear_hosts import FUNCTIONS, Size, planes, windows_of_planes
+from .linear_hosts import FUNCTIONS, Size, add_to_map, one_window, project, project_apart
 
 
-def inline_attention(
-    self: InLineAttention2d, x: Tensor, size: Size | None = None, mean: Tensor | None = None
-) -> Tensor:
-    """The forward pass of the published layer."""
+def inline_attention(self: InLineAttention2d, x: Tensor, size: Size | None = None) -> Tensor:
+    """The forward pass of the published layer: Swin and DeiT."""
     tokens, size, prefix = as_tokens(x, size)
-    batch, count, channels = tokens.shape
-    q, k, v = self.qkv(tokens).reshape(batch, count, 3, channels).permute(2, 0, 1, 3)
-    static = None
-    if self.dwc is not None:  # CSwin: to planes, to one window, and back
-        q, k = (windows_of_planes(planes(t.unflatten(1, size)), size) for t in (q, k))
-        v = planes(v.unflatten(1, size))
-        v, static = (t.flatten(2).transpose(1, 2).contiguous() for t in (v, self.dwc(v)))
+    return _attend(self, *project(self.qkv, tokens), tokens.mean(1), size, prefix).view_as(x)
+
+
+def inline_attention_pvt(self: InLineAttention2d, x: Tensor) -> Tensor:
+    """PVT: queries apart from keys and values."""
+    tokens, size, _ = as_tokens(x, None)
+    return _attend(self, *project_apart(self.qkv, tokens), tokens.mean(1), size).view_as(x)
+
+
+def inline_attention_cswin(self: InLineAttention2d, x: Tensor, mean: Tensor) -> Tensor:
+    """CSwin: to planes, to one window, and back; a second convolution of the values."""
+    tokens, size, _ = as_tokens(x, None)
+    assert self.dwc is not None
+    q, k, v, static = one_window(*project(self.qkv, tokens), size, self.dwc)
+    return _attend(self, q, k, v, mean, size, static=static).view_as(x)
+
+
+def _attend(
+    self: InLineAttention2d,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mean: Tensor,
+    size: Size,
+    prefix: int = 0,
+    static: Tensor | None = None,
+) -> Tensor:
+    """Tokens `[B, N, C]`, the mean `[B, C]` that kernels are predicted from, a convolution of the values."""
+    batch, count, channels = q.shape
     q, k, v = (t.reshape(batch, count, self.num_heads, -1).transpose(1, 2) for t in (q, k, v))
-    mean = tokens.mean(1) if mean is None else mean
     kernels = self.residual(mean[..., None]).reshape(batch * channels, 1, 3, 3)
 
     scale = q.shape[-1] ** -0.5
@@ -40,9 +59,8 @@ def inline_attention(
     maps = v[:, :, prefix:].transpose(1, 2).reshape(batch, *size, channels).permute(0, 3, 1, 2)
     maps = maps.reshape(1, batch * channels, *size)
     local = F.conv2d(maps, kernels, padding=1, groups=batch * channels)
-    local = local.reshape(batch, channels, -1).transpose(1, 2)
-    out = torch.cat([out[:, :prefix], out[:, prefix:] + local], 1) if prefix else out + local
-    return self.proj(out if static is None else out + static).view_as(x)
+    out = add_to_map(out, local.reshape(batch, channels, -1).transpose(1, 2), prefix)
+    return self.proj(out if static is None else out + static)
 
 
 FORMULATION = Formulation(
@@ -51,4 +69,8 @@ FORMULATION = Formulation(
     (),
     "means subtracted at the end, kernels predicted by grouped convolutions and applied in planes; hosts in "
     "planes, rolled windows, stripes copied three times",
+    hosts={
+        CSwin: {"layers.InLineAttention2d.forward": inline_attention_cswin},
+        PVT: {"layers.InLineAttention2d.forward": inline_attention_pvt},
+    },
 )

@@ -8,17 +8,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.layers import WindowAttention2d
+from visionattn.layers.maps import on_nhwc
 from visionattn.models._deit import SoftmaxAttention
-from visionattn.models._hosts import PatchEmbedding, PatchMerging, StripeAttention, resize_tokens
-from visionattn.models._pyramid import Block
+from visionattn.models._hosts import PatchEmbedding, PatchMerging, StripeAttention
+from visionattn.models._pyramid import Block, Pyramid
 
 from .hat import gathered_bias, shift_mask
 from .windows import merge, partition
 
 Size = tuple[int, int]
+
+
+def embed_image(self: Pyramid, x: Tensor) -> Tensor:
+    """Images stay in planes."""
+    return self.stem(x.permute(0, 2, 3, 1))
 
 
 def block(self: Block, x: Tensor, *args: Any) -> Tensor:
@@ -28,13 +35,21 @@ def block(self: Block, x: Tensor, *args: Any) -> Tensor:
 
 
 def embed_patches(self: PatchEmbedding, x: Tensor) -> Tensor:
-    """A convolution in planes, whose transposed output is normalised."""
+    """A convolution in planes, whose transposed output is normalised.
+
+    PVT asks whether a map has as many pixels as that of the first stage, and resizes the embeddings of all
+    other stages to the size that they have.
+    """
     x = convolve_planes(self.proj, x)
     size = (x.shape[2], x.shape[3])
-    x = self.norm(x.flatten(2).transpose(1, 2)).unflatten(1, size)
+    x = self.norm(x.flatten(2).transpose(1, 2))
     if self.pos_embed is None or self.size is None:
-        return x
-    return x + resize_tokens(self.pos_embed, self.size, size, "bilinear")
+        return x.unflatten(1, size)
+    place = self.pos_embed
+    if self.stride != 4 or size != self.size:
+        place = F.interpolate(place.unflatten(1, self.size).permute(0, 3, 1, 2), size=size, mode="bilinear")
+        place = place.flatten(2).transpose(1, 2)
+    return (x + place).unflatten(1, size)
 
 
 def merge_patches(self: PatchMerging, x: Tensor) -> Tensor:
@@ -100,6 +115,36 @@ def softmax_attention(self: SoftmaxAttention, x: Tensor, size: Size) -> Tensor:
     return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
+def project(qkv: nn.Module, x: Tensor) -> Tensor:
+    """Queries, keys and values `[3, B, N, C]` of tokens."""
+    return qkv(x).unflatten(-1, (3, -1)).permute(2, 0, 1, 3)
+
+
+def project_apart(qkv: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by two layers, one for the queries."""
+    dim = qkv.in_features
+    sizes = [dim, 2 * dim]
+    q, kv = (F.linear(x, *part) for part in zip(qkv.weight.split(sizes), qkv.bias.split(sizes)))
+    k, v = kv.unflatten(-1, (2, dim)).permute(2, 0, 1, 3)
+    return q, k, v
+
+
+def one_window(q: Tensor, k: Tensor, v: Tensor, size: Size, conv: nn.Module) -> tuple[Tensor, ...]:
+    """CSwin's form of tokens that attend inside one window, and the convolution of the values."""
+    q, k = (windows_of_planes(planes(t.unflatten(1, size)), size) for t in (q, k))
+    maps = planes(v.unflatten(1, size))
+    local = conv(maps)
+    return q, k, *(t.flatten(2).transpose(1, 2).contiguous() for t in (maps, local))
+
+
+def add_to_map(x: Tensor, local: Tensor, prefix: int) -> Tensor:
+    """What belongs to pixels, added to tokens of which the first `prefix` are none."""
+    if not prefix:
+        return x + local
+    x[:, prefix:] = x[:, prefix:] + local
+    return x
+
+
 def planes(x: Tensor) -> Tensor:
     """`[B, C, H, W]` in memory of `[B, H, W, C]`."""
     return x.permute(0, 3, 1, 2).contiguous()
@@ -117,8 +162,11 @@ def windows_of_planes(x: Tensor, window: Size) -> Tensor:
 
 
 FUNCTIONS: dict[str, Any] = {
+    "layers.linear.Linear.forward": nn.Linear.forward,
+    "models._deit.convolve": on_nhwc,
     "models._deit.SoftmaxAttention.forward": softmax_attention,
     "models._pyramid.Block.forward": block,
+    "models._pyramid.Pyramid._stem": embed_image,
     "models._hosts.PatchEmbedding.forward": embed_patches,
     "models._hosts.PatchMerging.forward": merge_patches,
     "models._hosts.StripeAttention.forward": stripe_attention,
