@@ -19,6 +19,10 @@ from .pytorch_backward import local_attention_backward
 from .strips import band_biases, bands, chunks, key_strips, put_query_strips, query_strips, tile
 from .tiles import attention_of_tiles, by_groups, pad_keys
 
+# Pixels of a window up to which inference computes all windows at once: up to 1.4 times faster with 49 and 98
+# pixels, up to 1.1 times slower with 256.
+_SMALL_WINDOW = 144
+
 
 def tiled_attention(
     q: Tensor,
@@ -32,8 +36,20 @@ def tiled_attention(
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
+    if not torch.is_grad_enabled() and _has_small_windows(pattern):
+        return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
     out, *lse = _Chunked.apply(q, k, v, bias, pattern, scale, return_lse)
     return out, lse[0] if lse else None
+
+
+def _has_small_windows(pattern: Pattern) -> bool:
+    """Whether keys are those of small disjoint windows.
+
+    PyTorch's fused attention writes no logits out, so that chunks serve inference only where tiles are large
+    or share keys.
+    """
+    disjoint = all(axis.key_window == axis.window and axis.dilation == 1 for axis in (pattern.y, pattern.x))
+    return disjoint and pattern.y.window * pattern.x.window <= _SMALL_WINDOW
 
 
 class _Chunked(torch.autograd.Function):
