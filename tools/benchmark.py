@@ -10,6 +10,7 @@ EXAMPLE = """examples:
   python tools/benchmark.py models biformer_tiny hat_s_x4
   python tools/benchmark.py models biformer_tiny --size 512 512 --batch 8 --train --repeats 20
   python tools/benchmark.py kernels na7 window16
+  python tools/benchmark.py scaling inline_pvt_tiny l2vit_t --sides 224 448 896
   python tools/benchmark.py simulate
   python tools/benchmark.py simulate --size 128 128 --kernel 13 --query-tile 4 8 --key-tile 8 8
 """
@@ -42,12 +43,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     kernels = commands.add_parser("kernels", help=text, description=text, **shape)
     kernels.add_argument("names", metavar="NAME", nargs="*", help="a shape; default: all that fit the device")
     kernels.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    for command in (models, kernels):
-        for name, default, what in (
-            ("batch", 1, "images"),
-            ("threads", 1, "CPU threads"),
-            ("repeats", 10, "rounds"),
-        ):
+
+    text = "time and memory of networks against the number of pixels"
+    scaling = commands.add_parser("scaling", help=text, description=text, **shape)
+    scaling.add_argument("names", metavar="NAME", nargs="+", help="a registered network")
+    sides = {"metavar": "N", "type": count, "nargs": "+", "default": (224, 448, 896)}
+    scaling.add_argument("--sides", **sides, help="heights and widths, ascending (default: 224 448 896)")
+
+    for command in (models, kernels, scaling):
+        options = [("threads", 1, "CPU threads"), ("repeats", 10, "rounds")]
+        for name, default, what in [("batch", 1, "images")] * (command is not scaling) + options:
             command.add_argument(
                 f"--{name}", metavar="N", type=count, default=default, help=f"{what} (default: %(default)s)"
             )

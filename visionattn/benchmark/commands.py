@@ -12,7 +12,7 @@ import torch
 
 from visionattn.engine.errors import InputError, as_input_error
 
-from . import kernels, models, report, simulation
+from . import kernels, models, report, scaling, simulation
 
 
 def compare_models(
@@ -58,6 +58,20 @@ def compare_kernels(
     _run(rows, kernels.page, where, output or Path("benchmarks") / f"{name}.json")
 
 
+def measure_scaling(
+    names: Sequence[str],
+    sides: Sequence[int],
+    threads: int,
+    repeats: int,
+    device: str | None,
+    output: Path | None,
+) -> None:
+    """Networks at several sizes; prints and saves a table."""
+    where = _prepare(threads, device)
+    rows = scaling.measure_growth(names, sides, repeats=repeats, device=where)
+    _run(rows, scaling.page, where, output or Path("benchmarks") / f"scaling_{where.type}.json")
+
+
 def simulate(**options: Any) -> None:
     """The cost of tilings; prints a table."""
     given = {
@@ -95,4 +109,9 @@ def _run(
     report.save(page(found), found, report.conditions(device), output, command)
 
 
-COMMANDS = {"models": compare_models, "kernels": compare_kernels, "simulate": simulate}
+COMMANDS = {
+    "models": compare_models,
+    "kernels": compare_kernels,
+    "scaling": measure_scaling,
+    "simulate": simulate,
+}

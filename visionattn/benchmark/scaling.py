@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-import shlex
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +11,10 @@ from typing import Any
 import timm
 import torch
 
-from visionattn.engine.cli import run_command
 from visionattn.engine.errors import InputError, as_input_error, nearest
 
 from .measure import Timing, peak_memory, time_in_turn
-from .report import conditions
+from .report import Page, memory_cell, time_cell
 from .zoo import model_names
 
 
@@ -42,6 +38,12 @@ class Growth:
     memory: tuple[int | None, ...]
     time_exponent: float
     memory_exponent: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """The line under the columns of `page`."""
+        exponent = "-" if self.memory_exponent is None else f"{self.memory_exponent:.2f}"
+        sides = (f"{time_cell(t)}, {memory_cell(m)}" for t, m in zip(self.timings, self.memory))
+        return (self.network, *sides, f"{self.time_exponent:.2f}", exponent)
 
 
 def measure_growth(
@@ -95,52 +97,14 @@ def _growth(net: Any, name: str, sides: tuple[int, ...], repeats: int, device: t
     )
 
 
-def page(rows: Sequence[Growth], facts: Mapping[str, str], command: str) -> str:
-    """The results as a Markdown page.
-
-    Args:
-        rows: the networks, all measured at the same sides.
-        facts: what `report.conditions` said.
-        command: the command line that gave these numbers.
-    """
+def page(rows: Sequence[Growth]) -> Page:
+    """What stands around these lines; all networks are measured at the same sides."""
     sides = rows[0].sides
-    lines = [["network", *map(str, sides), "exponent, time", "exponent, memory"]]
-    for row in rows:
-        cells = [
-            f"{timing.median * 1e3:.0f} ms ± {timing.spread:.0%}"
-            + ("" if held is None else f", {held / 2**20:.0f} MiB")
-            for timing, held in zip(row.timings, row.memory)
-        ]
-        exponent = "-" if row.memory_exponent is None else f"{row.memory_exponent:.2f}"
-        lines.append([row.network, *cells, f"{row.time_exponent:.2f}", exponent])
-    lines.insert(1, ["---"] * len(lines[0]))
-    parts = [
-        "# Time and memory against the number of pixels",
-        f"`{command}`",
-        "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
-        "\n".join("| " + " | ".join(line) + " |" for line in lines),
+    return Page(
+        "Time and memory against the number of pixels",
+        ("network", *map(str, sides), "exponent, time", "exponent, memory"),
         "One image, inference, no classifier; the sizes in turn. Time: median, ± the difference of the "
-        "quartiles. "
-        "Memory: the most that PyTorch allocates at one time, weights and input not counted. The exponent is "
-        f"that of growth with the number of pixels from {sides[0]} to {sides[-1]}: 1 is linear, 2 is "
-        "attention among all pixels; below 1, fixed costs still count at the smallest size.",
-    ]
-    return "\n\n".join(parts)
-
-
-def main() -> None:
-    """Measure the networks that are named and print the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", metavar="NAME", nargs="+", help="a registered network")
-    parser.add_argument("--sides", metavar="N", type=int, nargs="+", default=[224, 448, 896])
-    parser.add_argument("--repeats", metavar="N", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = list(measure_growth(given.names, given.sides, repeats=given.repeats, device=given.device))
-    command = shlex.join(["python", "-m", "visionattn.benchmark.scaling", *sys.argv[1:]])
-    print(page(rows, conditions(torch.device(given.device)), command))
-
-
-if __name__ == "__main__":
-    run_command(main)
+        "quartiles. Memory: the most that PyTorch allocates at one time, weights and input not counted. The "
+        f"exponent is that of growth with the number of pixels from {sides[0]} to {sides[-1]}: 1 is linear, "
+        "2 is attention among all pixels; below 1, fixed costs still count at the smallest size.",
+    )
