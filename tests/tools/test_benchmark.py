@@ -12,9 +12,10 @@ import pytest
 import timm
 import torch
 
+import visionattn
 from visionattn.benchmark import kernels, models, report, scaling
 from visionattn.benchmark.cases import CASES, Case
-from visionattn.benchmark.formulations import FORMULATIONS
+from visionattn.benchmark.formulations import FORMULATIONS, Formulation
 from visionattn.benchmark.measure import Timing, peak_memory, time_in_turn
 from visionattn.benchmark.zoo import model_names
 from visionattn.engine.errors import InputError
@@ -101,6 +102,12 @@ def test_comparison(family: str, train: bool):
     assert row.our_memory > 0
     if family in ("biformer", "hat"):  # on small maps the others hold nothing large in either form
         assert row.our_memory < row.authors_memory
+
+
+def test_equal_passes_hold_equal_memory():
+    net, image = build("l2vit")
+    row = models.compare(net.train(), "name", Formulation(visionattn, {}, (), ""), image, repeats=1)
+    assert row.our_memory == row.authors_memory
 
 
 def test_every_variant_of_a_family_has_its_formulation_and_other_families_are_refused():

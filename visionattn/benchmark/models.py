@@ -174,9 +174,10 @@ def _inference_pass(net: nn.Module, image: Tensor) -> Call:
 
 def _training_pass(net: nn.Module, image: Tensor) -> Call:
     def run() -> Tensor:
-        net.zero_grad()
         out = net(image)
         out.square().mean().backward()
+        # Gradients left to the next pass would count in the memory of one, and against that of the other.
+        net.zero_grad()
         return out.detach()
 
     return run

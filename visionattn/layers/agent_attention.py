@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels import agent_attention
 from ..kernels.checks import pair
 from .linear import Linear
-from .maps import as_tokens, on_nhwc
+from .maps import add_to_map, as_tokens, on_nhwc
 
 # Biases that are kept between calls, in numbers per layer: all of them up to 512 x 512 images. Those of
 # larger maps would hold more memory than the features.
@@ -94,8 +94,8 @@ class AgentAttention2d(nn.Module):
             bias_in=bias_in,
             bias_out=bias_out.transpose(1, 2),
         )
-        out, local = out.flatten(3).squeeze(1), on_nhwc(self.dwc, values).flatten(1, 2)
-        out = torch.cat([out[:, :prefix], out[:, prefix:] + local], 1) if prefix else out + local
+        out = add_to_map(out.flatten(3).squeeze(1), on_nhwc(self.dwc, values).flatten(1, 2), prefix)
+        del qkv, q, k, v, queries, values  # not held while the output is made
         return self.proj(out).view_as(x)
 
     def train(self, mode: bool = True) -> AgentAttention2d:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import linear_attention
 from .linear import Linear
-from .maps import as_tokens, on_nhwc
+from .maps import add_to_map, as_tokens, on_nhwc
 
 
 class InLineAttention2d(nn.Module):
@@ -62,8 +62,8 @@ class InLineAttention2d(nn.Module):
         local = _convolve_each(values, kernels)
         if self.dwc is not None:
             local = local + on_nhwc(self.dwc, values)
-        local = local.flatten(1, 2)
-        out = torch.cat([out[:, :prefix], out[:, prefix:] + local], 1) if prefix else out + local
+        out = add_to_map(out, local.flatten(1, 2), prefix)
+        del qkv, q, k, v, values, local  # not held while the output is made
         return self.proj(out).view_as(x)
 
     def _kernels(self, mean: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ class LinearAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
         qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split([2, 1], 3)
-        q, k = qk.relu().unbind(3)
+        # In inference nothing else needs what is overwritten here.
+        keeps = torch.is_grad_enabled()
+        q, k = (qk.relu() if keeps else qk.relu_()).unbind(3)
         out = linear_attention(q, k, v.squeeze(3), scale=1.0, eps=0.0, floor=self.floor)
-        return self.proj((out * self.temperature[..., 0]).flatten(3))
+        out = out * self.temperature[..., 0] if keeps else out.mul_(self.temperature[..., 0])
+        return self.proj(out.flatten(3))

@@ -41,6 +41,15 @@ def as_tokens(x: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tuple[in
     return x, size, x.shape[1] - size[0] * size[1]
 
 
+def add_to_map(x: Tensor, local: Tensor, prefix: int) -> Tensor:
+    """Tokens `[B, prefix + H * W, C]`, in inference overwritten, with `[B, H * W, C]` added to those of the
+    map."""
+    if not torch.is_grad_enabled():
+        x[:, prefix:] += local
+        return x
+    return torch.cat([x[:, :prefix], x[:, prefix:] + local], 1) if prefix else x + local
+
+
 def mirror_index(size: int, length: int, device: torch.device) -> Tensor:
     """Indices `[length]`: 0 .. `size - 1`, then back, then forth, as often as needed; ends are repeated."""
     index = torch.arange(length, device=device) % (2 * size)
