@@ -71,5 +71,6 @@ FORMULATION = Formulation(
         "layers.LinearAttention2d.forward": linear_attention,
     },
     (),
-    "convolutions in planes, windows cut and put together, matmul-softmax-matmul, keys and values by heads",
+    "convolutions in planes, windows cut and put together, matmul-softmax-matmul, keys and values by heads; "
+    "linear layers by PyTorch's BLAS",
 )
