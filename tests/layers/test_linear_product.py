@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,13 +74,45 @@ def test_weights_that_change_are_seen():
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
-def test_gradients_are_those_of_pytorch():
+@needs_onednn
+@pytest.mark.parametrize("frozen", ["nothing", "input", "weight", "bias"])
+@pytest.mark.parametrize("sizes", [(24, 40), (40, 24)])
+def test_gradients_are_those_of_pytorch(sizes: tuple[int, int], frozen: str):
+    torch.manual_seed(0)
+    layer, x = Linear(*sizes), torch.randn(2, 5, 7, sizes[0]).transpose(0, 1)
+    leaves = {"input": x, "weight": layer.weight, "bias": layer.bias}
+    wanted = [t.requires_grad_(name != frozen) for name, t in leaves.items()]
+    wanted = [t for t in wanted if t.requires_grad]
+
+    def derivatives(function) -> list[Tensor]:
+        out = function(x)
+        first = torch.autograd.grad(out.square().sum(), wanted, create_graph=True)
+        total = torch.stack([g.square().sum() for g in first]).sum()
+        second = torch.autograd.grad(total, wanted)
+        return [out, *first, *second]
+
+    assert uses_onednn(layer, x)
+    expected = derivatives(lambda x: F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(derivatives(layer), expected, atol=1e-3, rtol=1e-5)
+
+
+@needs_onednn
+def test_backward_passes_use_onednn():
     layer, x = layer_and_input()
-    assert not uses_onednn(layer, x)
-    layer(x.requires_grad_()).square().sum().backward()
-    grads = [x.grad, layer.weight.grad, layer.bias.grad]
-    out = F.linear(x, layer.weight, layer.bias).square().sum()
-    torch.testing.assert_close(grads, list(torch.autograd.grad(out, [x, layer.weight, layer.bias])))
+    out = layer(x.requires_grad_())
+    with Operators() as operators:
+        out.sum().backward()
+    assert sum(name.startswith("mkldnn::_linear") for name in operators.names) == 2
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.is_contiguous()
+
+
+def test_several_gradients_at_once():
+    layer, x = layer_and_input()
+    x = x[0, 0].requires_grad_()
+    weights = torch.eye(40).expand(7, 40, 40).transpose(0, 1)
+    (rows,) = torch.autograd.grad(layer(x), x, weights, is_grads_batched=True)
+    torch.testing.assert_close(rows, layer.weight[:, None].expand(-1, 7, -1))
 
 
 @torch.no_grad()
@@ -92,11 +127,14 @@ def test_what_asks_for_more_than_numbers_runs_as_ever():
     with torch.backends.mkldnn.flags(enabled=False):
         assert not uses_onednn(layer, x)
     torch.testing.assert_close(torch.vmap(layer)(x), expected)
-    _, tangent = torch.func.jvp(layer, (x,), (x,))
+    tangent = torch.func.jvp(layer, (x,), (x,))[1]
+    torch.testing.assert_close(tangent, F.linear(x, layer.weight))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
     torch.testing.assert_close(tangent, F.linear(x, layer.weight))
     program = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(program(x), expected)
-    traced = torch.jit.trace(layer, (x,))
+    traced: Any = torch.jit.trace(layer, (x,))
     assert "mkldnn" not in str(traced.inlined_graph)
 
 

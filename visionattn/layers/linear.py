@@ -8,16 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, whose product is oneDNN's in inference in float32 on an x86 CPU.
+    """`torch.nn.Linear`, whose products are oneDNN's in float32 on an x86 CPU.
 
-    PyTorch gives such products to its BLAS, commonly MKL, which does not use all of the vector units of a
-    processor that Intel did not make: there oneDNN is up to 2.2 times as fast (Zen 5), elsewhere about
-    equal. The results differ by rounding. Training, compilation, export, autocast and other dtypes run as
-    ever.
+    PyTorch gives them to its BLAS, commonly MKL, which on a Zen 5 core reaches half the speed of oneDNN. The
+    results differ by rounding. Programs that are compiled or exported, autocast, forward-mode derivatives,
+    `vmap` and other dtypes run as ever.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,21 +62,50 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `[..., out]`.
     """
-    if _ONEDNN is None or not _in_plain_inference(x, weight):
+    if _ONEDNN is None or not _asks_for_numbers(x, weight):
         return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Product.apply(x, weight, bias)
     return _ONEDNN(x, weight, bias, "none", [], "")
 
 
-def _in_plain_inference(x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing but the numbers of the product is asked for: oneDNN's operator knows nothing else."""
+class _Product(torch.autograd.Function):
+    """The linear layer with its gradients, which are linear layers too and have their own."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _ONEDNN(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        with_x, with_weight, with_bias = ctx.needs_input_grad
+        grad_x = linear(grad, weight.t(), None) if with_x else None
+        grad_weight = grad_bias = None
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        if with_weight and weight.shape[0] > weight.shape[1]:  # the first factor is copied: the narrow one
+            grad_weight = linear(rows.t(), grads.t(), None).t().contiguous()
+        elif with_weight:
+            grad_weight = linear(grads.t(), rows.t(), None)
+        if with_bias:
+            grad_bias = grads.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+def _asks_for_numbers(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing but numbers is asked for, and by gradients: oneDNN's operator knows nothing else."""
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or not (x.dtype == weight.dtype == torch.float32)
         or not (x.device.type == weight.device.type == "cpu")
-        or not (type(x) is Tensor and type(weight) in (Tensor, nn.Parameter))
+        or not (type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter))
         or x.dim() < 2
         or x.numel() == 0
         or torch.is_autocast_enabled("cpu")

@@ -68,10 +68,10 @@ def _attend(
     out = ((q * scale) @ agents.transpose(-2, -1) + bias).softmax(-1) @ gathered
 
     out = out.transpose(1, 2).reshape(batch, count, channels)
-    if local is None:
-        values = v[:, :, prefix:].transpose(1, 2).reshape(batch, *size, channels).permute(0, 3, 1, 2)
-        local = self.dwc(values).permute(0, 2, 3, 1).reshape(batch, -1, channels)
-    return self.proj(add_to_map(out, local, prefix))
+    if local is not None:
+        return self.proj(out + local)
+    values = v[:, :, prefix:].transpose(1, 2).reshape(batch, *size, channels).permute(0, 3, 1, 2)
+    return self.proj(add_to_map(out, self.dwc(values).permute(0, 2, 3, 1).flatten(1, 2), prefix))
 
 
 def _repeated(bias: Tensor, batch: int) -> Tensor:

@@ -115,9 +115,10 @@ def softmax_attention(self: SoftmaxAttention, x: Tensor, size: Size) -> Tensor:
     return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-def project(qkv: nn.Module, x: Tensor) -> Tensor:
-    """Queries, keys and values `[3, B, N, C]` of tokens."""
-    return qkv(x).unflatten(-1, (3, -1)).permute(2, 0, 1, 3)
+def project(qkv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[B, N, C]` of tokens."""
+    q, k, v = qkv(x).unflatten(-1, (3, -1)).permute(2, 0, 1, 3)
+    return q, k, v
 
 
 def project_apart(qkv: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,12 +130,14 @@ def project_apart(qkv: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def one_window(q: Tensor, k: Tensor, v: Tensor, size: Size, conv: nn.Module) -> tuple[Tensor, ...]:
+def one_window(
+    q: Tensor, k: Tensor, v: Tensor, size: Size, conv: nn.Module
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """CSwin's form of tokens that attend inside one window, and the convolution of the values."""
     q, k = (windows_of_planes(planes(t.unflatten(1, size)), size) for t in (q, k))
     maps = planes(v.unflatten(1, size))
-    local = conv(maps)
-    return q, k, *(t.flatten(2).transpose(1, 2).contiguous() for t in (maps, local))
+    v, local = (t.flatten(2).transpose(1, 2).contiguous() for t in (maps, conv(maps)))
+    return q, k, v, local
 
 
 def add_to_map(x: Tensor, local: Tensor, prefix: int) -> Tensor:
