@@ -138,6 +138,12 @@ def test_what_asks_for_more_than_numbers_runs_as_ever():
     assert "mkldnn" not in str(traced.inlined_graph)
 
 
+def test_channels_that_do_not_fit_are_named():
+    layer, x = layer_and_input()
+    with pytest.raises(RuntimeError, match="70x23 and 24x40"):
+        layer(x[..., 1:])
+
+
 @torch.no_grad()
 def test_operations_are_counted():
     layer, x = layer_and_input()

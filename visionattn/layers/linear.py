@@ -107,6 +107,7 @@ def _asks_for_numbers(x: Tensor, weight: Tensor) -> bool:
         or not (x.device.type == weight.device.type == "cpu")
         or not (type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter))
         or x.dim() < 2
+        or x.shape[-1] != weight.shape[-1]  # PyTorch's own layer says so more clearly
         or x.numel() == 0
         or torch.is_autocast_enabled("cpu")
         or not torch.backends.mkldnn.enabled
