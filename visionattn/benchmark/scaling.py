@@ -81,9 +81,10 @@ def _growth(net: Any, name: str, sides: tuple[int, ...], repeats: int, device: t
         net(images[side])
 
     calls = {side: lambda side=side: run(side) for side in images}
-    for call in calls.values():  # what networks keep for a size is kept before it is measured
-        call()
-    memory = tuple(peak_memory(call, device) for call in calls.values())
+    memory = []
+    for call in calls.values():
+        call()  # what networks keep for a size is kept before it is measured
+        memory.append(peak_memory(call, device))
     timings = time_in_turn(calls, dict.fromkeys(calls, nullcontext), device, repeats)
     pixels = math.log((sides[-1] / sides[0]) ** 2)
     first, last = memory[0], memory[-1]
@@ -91,7 +92,7 @@ def _growth(net: Any, name: str, sides: tuple[int, ...], repeats: int, device: t
         network=name,
         sides=sides,
         timings=tuple(timings.values()),
-        memory=memory,
+        memory=tuple(memory),
         time_exponent=math.log(timings[str(sides[-1])].median / timings[str(sides[0])].median) / pixels,
         memory_exponent=math.log(last / first) / pixels if first and last else None,
     )

@@ -10,7 +10,7 @@ from visionattn.layers.maps import fill_up
 from visionattn.models.l2vit import Downsample, L2Block, LocalConcentration, Stem
 
 from .formulation import Formulation
-from .linear_hosts import convolve_planes, embed_image
+from .linear_hosts import convolve_planes, embed_image, mlp
 from .linear_hosts import window_attention as divided_attention
 
 
@@ -62,6 +62,7 @@ FORMULATION = Formulation(
     visionattn,
     {
         "layers.linear.Linear.forward": nn.Linear.forward,
+        "layers.linear.Mlp.forward": mlp,
         "models._pyramid.Pyramid._stem": embed_image,
         "models.l2vit.Stem.forward": stem,
         "models.l2vit.Downsample.forward": downsample,
