@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import nullcontext
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -239,12 +241,21 @@ def test_committed_pages_show_the_committed_results(path: Path):
     assert f"`{content['command']}`" in text
 
 
+def _work(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
 def test_calls_take_turns():
     order = []
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b"), "long": lambda: _work(0.06)}
     timings = time_in_turn(calls, dict.fromkeys(calls, nullcontext), CPU, repeats=3)
-    assert "".join(order) == "baabbaab"
-    assert set(timings) == {"a", "b"}
+    assert [name for name, _ in groupby(order)] == ["b", "a", "b", "a", "b"]
+    # Once, and three times a call that does not count before ten that do.
+    assert order.count("a") == order.count("b") == 1 + 3 * 11
+    assert set(timings) == {"a", "b", "long"}
+    assert timings["long"].median >= 0.06 > timings["a"].median
 
 
 def test_command_line(run_tool, tmp_path: Path):

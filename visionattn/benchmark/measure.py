@@ -17,6 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 
+# Calls of a turn together take about so many seconds, unless they are more than so many.
+_SHORT, _MOST_CALLS = 0.05, 10
+
 # The profiler otherwise reports on stderr when it starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -50,6 +53,8 @@ def time_in_turn(
     """Measure several functions, one call of each per round.
 
     On the CPU with one thread it is the processor time, which other programs prolong less than wall time.
+    A short call is made several times and its mean counts, after one that does not: what ran before it has
+    left other data in the caches and other memory to the allocator.
 
     Args:
         calls: what is measured, by name.
@@ -61,13 +66,19 @@ def time_in_turn(
         The timing of each name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    times = dict.fromkeys(calls, 1)
     for turn in range(repeats + 1):
         # Every other round in reverse, so that no function always follows the same one.
         for name in list(calls) if turn % 2 else reversed(list(calls)):
+            call = calls[name]
             with settings[name]():
-                passed = _seconds(calls[name], device)
+                if times[name] > 1:
+                    call()
+                passed = _seconds(lambda call=call, n=times[name]: [call() for _ in range(n)], device)
             if turn:
-                seconds[name].append(passed)
+                seconds[name].append(passed / times[name])
+            else:
+                times[name] = max(1, min(_MOST_CALLS, int(_SHORT / max(passed, 1e-9))))
     return {name: _timing(values) for name, values in seconds.items()}
 
 

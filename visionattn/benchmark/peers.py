@@ -30,9 +30,12 @@ def peers_of(case: Case, inputs: list[Tensor]) -> dict[str, Peer]:
         return {"gather, matmul-softmax-matmul": partial(_gathered, case)}
     peers: dict[str, Peer] = {"dense SDPA, mask": _dense(case.pattern, inputs)}
     if case.kind == "overlap":
-        peers["unfold, matmul-softmax-matmul"] = partial(unfolded_window_attention, **case.options)
+        peers["unfold, matmul-softmax-matmul"] = _by_keyword(unfolded_window_attention, **case.options)
     if case.kind == "window" and case.side % case.options["window_size"] == 0:
-        peers["partition, matmul-softmax-matmul"] = partial(rolled_window_attention, **case.options)
+        window, shift = case.options["window_size"], case.options.get("shift", 0)
+        peers["partition, matmul-softmax-matmul"] = _by_keyword(
+            rolled_window_attention, window_size=window, shift=(shift, shift)
+        )
         peers["partition, SDPA"] = partial(_partitioned, case)
     if case.kind != "overlap":
         peers["flex_attention, compiled"] = _flex(case.pattern, inputs)
@@ -40,6 +43,11 @@ def peers_of(case: Case, inputs: list[Tensor]) -> dict[str, Peer]:
         peers["NATTEN"] = partial(_natten, case)
         peers["dense SDPA, all pairs"] = _all_pairs
     return peers
+
+
+def _by_keyword(formulation: Peer, **options: Any) -> Peer:
+    """A formulation that takes its bias by name."""
+    return lambda q, k, v, bias: formulation(q, k, v, bias=bias, **options)
 
 
 def _gathered(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -108,6 +116,8 @@ def _flex(pattern: Pattern, inputs: list[Tensor]) -> Peer:
         y, x = (d.clamp(-axis.reach, axis.reach) + axis.reach for axis, d in offsets)
         return score + bias[h, y, x]
 
+    # Too many masks for one function make the compiler give up, and PyTorch would compute all pairs.
+    torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     blocks: list[Any] = []
 

@@ -83,10 +83,10 @@ def choose(operator: Operator, *args: Any) -> tuple[str, str]:
 def _refusal(operator: Operator, query: Tensor, *args: Any) -> str | None:
     if operator.triton is None:
         return "it has no Triton implementation"
-    if find_spec("triton") is None:
-        return "Triton is not installed"
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {query.device.type}"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
     return operator.triton_refuses(query, *args)
 
 

@@ -71,6 +71,9 @@ NEIGHBORHOODS = [
     na((13, 3), (9, 2)),
     na((2, 70), (2, 5)),
     na((18, 18), 12, 6),
+    na((7, 26), (7, 4), (7, 3), 1, (False, True)),
+    na((21, 9), (5, 3), (1, 3), (4, 3)),
+    na((12, 33), 3),
 ]
 WINDOWS = [
     windows((8, 8), 4),
@@ -87,6 +90,7 @@ WINDOWS = [
     windows((13, 11), 8, 4),
     windows((12, 17), (12, 11)),
     windows((6, 11), 2, 1),
+    windows((19, 4), (8, 3), (5, 1)),
 ]
 OVERLAPS = [
     overlapping(size, window, overlap, border)

@@ -14,14 +14,10 @@ from torch import Tensor
 
 from ..dense import attend, attend_lse
 from ..precision import without_autocast
+from .chunks import as_matrices, as_tiles, band_biases, bands, chunks, key_tiles, query_tiles
 from .pattern import Pattern
 from .pytorch_backward import local_attention_backward
-from .strips import band_biases, bands, chunks, key_strips, put_query_strips, query_strips, tile
 from .tiles import attention_of_tiles, by_groups, pad_keys
-
-# Pixels of a window up to which inference computes all windows at once: up to 1.4 times faster with 49 and 98
-# pixels, up to 1.1 times slower with 256.
-_SMALL_WINDOW = 144
 
 
 def tiled_attention(
@@ -36,20 +32,11 @@ def tiled_attention(
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
-    if not torch.is_grad_enabled() and _has_small_windows(pattern):
-        return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
-    out, *lse = _Chunked.apply(q, k, v, bias, pattern, scale, return_lse)
+    is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    # What records a call for autograd costs as much as the attention of a small map.
+    is_plain = not is_recorded and not torch._C._are_functorch_transforms_active()
+    out, *lse = (_Chunked.forward if is_plain else _Chunked.apply)(q, k, v, bias, pattern, scale, return_lse)
     return out, lse[0] if lse else None
-
-
-def _has_small_windows(pattern: Pattern) -> bool:
-    """Whether keys are those of small disjoint windows.
-
-    PyTorch's fused attention writes no logits out, so that chunks serve inference only where tiles are large
-    or share keys.
-    """
-    disjoint = all(axis.key_window == axis.window and axis.dilation == 1 for axis in (pattern.y, pattern.x))
-    return disjoint and pattern.y.window * pattern.x.window <= _SMALL_WINDOW
 
 
 class _Chunked(torch.autograd.Function):
@@ -62,7 +49,7 @@ class _Chunked(torch.autograd.Function):
         k, v = (pad_keys(x, pattern) for x in (k, v))
 
         def attend_group(group: Pattern, *maps: Tensor) -> tuple[Tensor, ...]:
-            return _attend_strips(group, bias, scale, return_lse, *maps)
+            return _attend_chunks(group, bias, scale, return_lse, *maps)
 
         with without_autocast(q):
             out, *lse = by_groups(pattern, (q, k, v), attend_group)
@@ -102,31 +89,24 @@ class _Chunked(torch.autograd.Function):
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in out), (0,) * len(out)
 
 
-def _attend_strips(
+def _attend_chunks(
     pattern: Pattern, bias: Tensor | None, scale: float, return_lse: bool, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, ...]:
     """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`."""
     outs = [torch.empty(q.shape, dtype=q.dtype, device=q.device)]
     if return_lse:
         outs.append(q.new_empty((*q.shape[:4], 1), dtype=torch.promote_types(q.dtype, torch.float32)))
+    attend_chunk = attend_lse if return_lse else attend
     rows, columns = bands(pattern, q.shape[3])
     for band in columns:
-        queries = query_strips(q, band, q.dtype)
-        keys, values = (key_strips(x, band, q.dtype) for x in (k, v))
-        strips = [out.new_empty((*queries.shape[:-1], out.shape[-1])) for out in outs]
         for y, bias_of_y in zip(rows, band_biases(bias, pattern, rows, band, q)):
-            for chunk in chunks(queries, y, band.runs[0]):
-                query, key, value = (
-                    tile(queries, chunk, y, y.query),
-                    tile(keys, chunk, y, y.key),
-                    tile(values, chunk, y, y.key),
-                )
-                run = attend_lse if return_lse else attend
-                results = run(query, key, value, bias_of_y, scale)
-                for strip, result in zip(strips, results if isinstance(results, tuple) else (results,)):
-                    tile(strip, chunk, y, y.query).copy_(result.view(*query.shape[:3], -1))
-        for out, strip in zip(outs, strips):
-            put_query_strips(out, strip, band)
+            for chunk in chunks(q.shape, y, band):
+                query = query_tiles(q, chunk, y, band)
+                key, value = (as_matrices(key_tiles(x, chunk, y, band)) for x in (k, v))
+                results = attend_chunk(as_matrices(query), key, value, bias_of_y, scale)
+                for out, result in zip(outs, results if isinstance(results, tuple) else (results,)):
+                    result = result if result.dim() == 4 else result[..., None]
+                    query_tiles(out, chunk, y, band).copy_(as_tiles(result, query.shape))
     return tuple(outs)
 
 

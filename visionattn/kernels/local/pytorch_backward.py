@@ -11,19 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import without_autocast
-from .pattern import Pattern, Run
-from .strips import (
-    add_key_strips,
+from .chunks import (
+    Band,
+    as_tiles,
     band_biases,
     bands,
     chunks,
-    key_strips,
-    put_query_strips,
-    query_strips,
-    sums_of_runs,
-    tile,
+    key_tiles,
+    put_key_tiles,
+    query_tiles,
+    shares_keys,
+    step_matrix,
+    stretched,
 )
+from .pattern import Pattern, Run
 from .tiles import by_groups, pad_keys, run_pixels
+
+# How many rows of tiles that share keys are worked off as one: their keys are to stay in the cache.
+_TOGETHER = 4
 
 
 def local_attention_backward(
@@ -56,7 +61,7 @@ def local_attention_backward(
     grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and with_bias else None
 
     def attend_backward(group: Pattern, *args: Tensor) -> tuple[Tensor, ...]:
-        return _strips_backward(group, bias, grad_bias, scale, *args)
+        return _chunks_backward(group, bias, grad_bias, scale, *args)
 
     with without_autocast(q):
         dq, dk, dv = by_groups(pattern, maps, attend_backward)
@@ -66,7 +71,7 @@ def local_attention_backward(
     return dq, dk, dv, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
 
 
-def _strips_backward(
+def _chunks_backward(
     pattern: Pattern,
     bias: Tensor | None,
     grad_bias: Tensor | None,
@@ -80,60 +85,107 @@ def _strips_backward(
     """Gradients of the maps of an undilated pattern; that of the bias is added to `grad_bias`."""
     # In half precision the sums over all tiles that see a key would lose their small terms.
     wide = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (q, k, v))
+    dq = torch.empty(q.shape, dtype=wide, device=q.device)
+    alone = all(axis.key_window == axis.window and axis.border != "clamp" for axis in (pattern.y, pattern.x))
+    new = torch.empty if alone else torch.zeros
+    dk, dv = (new(t.shape, dtype=wide, device=t.device) for t in (k, v))
     rows, columns = bands(pattern, q.shape[3])
     for band in columns:
-        queries, grads = (query_strips(t, band, wide) for t in (q * scale, grad))
-        keys, values = (key_strips(t, band, wide) for t in (k, v))
-        lse_grads = None if grad_lse is None else query_strips(grad_lse, band, wide)
-        of_queries = torch.empty_like(queries)
-        of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
         for y, bias_of_y in zip(rows, band_biases(bias, pattern, rows, band, q)):
-            total = None
-            for chunk in chunks(queries, y, band.runs[0]):
-                dlogits = _dense_backward(
-                    *(tile(t, chunk, y, y.query) for t in (queries, grads)),
-                    *(tile(t, chunk, y, y.key) for t in (keys, values)),
-                    bias_of_y,
-                    None if lse_grads is None else tile(lse_grads, chunk, y, y.query),
-                    tile(of_queries, chunk, y, y.query),
-                    *(tile(t, chunk, y, y.key) for t in (of_keys, of_values)),
+            shared = shares_keys(y)
+            totals: list[Tensor] = []
+            for chunk in chunks(q.shape, y, band, _TOGETHER if shared else 0):
+                steps = chunk.rows[1] if shared else 1
+                tall, chunk = stretched(y, chunk) if shared else (y, chunk)
+                queries = [query_tiles(t, chunk, tall, band) for t in (q, grad, grad_lse) if t is not None]
+                keys = [key_tiles(t, chunk, tall, band) for t in (k, v)]
+                matrices = ([_heads_first(t).to(wide) for t in tiles] for tiles in (queries, keys))
+                *grads, dlogits = _stretch_backward(
+                    *matrices, y, steps, bias_of_y, scale, grad_bias is not None
                 )
+                query_tiles(dq, chunk, tall, band).copy_(as_tiles(grads[0], queries[0].shape))
+                for target, part in zip((dk, dv), grads[1:]):
+                    put_key_tiles(target, as_tiles(part, keys[0].shape), chunk, tall, band, alone)
                 if grad_bias is not None:
-                    total = dlogits.sum(0) if total is None else total.add_(dlogits.sum(0))
-            if bias is not None and grad_bias is not None and total is not None:
-                for x, part in zip(band.runs, sums_of_runs(total, band)):
-                    _add_bias(grad_bias, bias, part, pattern, y, x)
-        put_query_strips(dq, of_queries.mul_(scale), band)
-        add_key_strips(dk, of_keys, band)
-        add_key_strips(dv, of_values, band)
+                    sums = [part.sum(0) for part in _parts(dlogits, band)]
+                    totals = [total.add_(part) for total, part in zip(totals, sums)] or sums
+            if bias is not None and grad_bias is not None:
+                for x, total in zip(band.runs, totals):
+                    _add_bias(grad_bias, bias, total, pattern, y, x)
     return dq, dk, dv
 
 
-def _dense_backward(
-    q: Tensor,
-    grad: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    grad_lse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> Tensor:
-    """Write the gradient of scaled queries, and add those of keys and values, to the last three.
+def _heads_first(tiles: Tensor) -> Tensor:
+    """`[n, heads, y, x, d]`, contiguous, of tiles `[B, rows, columns, y, x, heads, d]`."""
+    return tiles.permute(0, 1, 2, 5, 3, 4, 6).contiguous().flatten(0, 2)
 
-    All maps are `[N, heads, n, d]`. Returns the gradient of the logits `[N, heads, nq, nk]`.
+
+def _parts(dlogits: Tensor, band: Band) -> tuple[Tensor, ...]:
+    """The gradient of the logits for each run of a band."""
+    return (dlogits,) if len(band.runs) == 1 else dlogits.split([run.count for run in band.runs])
+
+
+def _stretch_backward(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    y: Run,
+    steps: int,
+    bias: Tensor | None,
+    scale: float,
+    with_bias: bool,
+) -> list[Tensor]:
+    """`_dense_backward` of maps `[n, heads, y, x, d]` whose tiles are `steps` stretches of rows.
+
+    Gradients of the maps are `[n, heads, pixels, d]`, that of the logits, if the bias wants it, is the sum
+    over the stretches.
     """
-    logits = q @ k.transpose(-2, -1)
-    weights = (logits if bias is None else logits.add_(bias)).softmax(-1)
-    dv += weights.transpose(-2, -1) @ grad
-    dlogits = (grad @ v.transpose(-2, -1)).mul_(weights)
+    totals: list[Tensor] = []
+    dlogits = torch.zeros(())
+    for step in range(steps):
+        *parts, part = _dense_backward(
+            [step_matrix(t, y, y.query, step) for t in queries],
+            [step_matrix(t, y, y.key, step) for t in keys],
+            bias,
+            scale,
+        )
+        if steps == 1:
+            return [*parts, part]
+        totals = totals or [torch.zeros_like(t) for t in (queries[0], *keys)]
+        for total, grad, span in zip(totals, parts, (y.query, y.key, y.key)):
+            step_matrix(total, y, span, step).add_(grad)
+        dlogits = dlogits + part if with_bias else dlogits
+    return [*(total.flatten(2, 3) for total in totals), dlogits]
+
+
+def _dense_backward(
+    queries: list[Tensor], keys: list[Tensor], bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys, values and logits of dense attention.
+
+    Args:
+        queries: the queries, the gradient of the output and perhaps that of the log-sum-exp, all
+            `[N, heads, nq, d]`.
+        keys: the keys and the values `[N, heads, nk, d]`.
+        bias: added to the logits `[N, heads, nq, nk]`.
+        scale: multiplies q·k.
+    """
+    batch = queries[0].shape[:2]
+    (q, grad, *grad_lse), (k, v) = ([x.flatten(0, 1) for x in maps] for maps in (queries, keys))
+    logits = _scaled_product(q, k.mT, scale)
+    if bias is not None:
+        logits.unflatten(0, batch).add_(bias)
+    weights = logits.softmax(-1)
+    dlogits = (grad @ v.mT).mul_(weights)
     shift = dlogits.sum(-1, keepdim=True)
-    dlogits.addcmul_(weights, shift if grad_lse is None else shift - grad_lse, value=-1)
-    dq.copy_(dlogits @ k)
-    dk += dlogits.transpose(-2, -1) @ q
-    return dlogits
+    dlogits.addcmul_(weights, shift - grad_lse[0] if grad_lse else shift, value=-1)
+    dq, dk = _scaled_product(dlogits, k, scale), _scaled_product(dlogits.mT, q, scale)
+    dq, dk, dv, dlogits = (x.unflatten(0, batch) for x in (dq, dk, weights.mT @ grad, dlogits))
+    return dq, dk, dv, dlogits
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`scale * a @ b` of batches of matrices in one pass."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def _add_bias(grad_bias: Tensor, bias: Tensor, dlogits: Tensor, pattern: Pattern, y: Run, x: Run) -> None:

@@ -263,9 +263,11 @@ def _from_table(table: Tensor, pattern: Pattern, y: Run, x: Run) -> Tensor:
         low, high = max(-first, 0), max(first + length - table.shape[dim], 0)
         if low or high:
             table = F.pad(table, (0, 0) * (table.dim() - 1 - dim) + (low, high))
-        table = table.narrow(dim, first + low, length).unfold(dim, run.key.length, 1)
+        table = table.narrow(dim, first + low, length)
     # Sliding along the table walks through the queries backwards: key - query grows as the query shrinks.
-    return table.flip(1, 2)
+    rows = table.unfold(2, x.key.length, 1).flip(2).transpose(1, 2)
+    starts = reversed(range(y.query.length))
+    return torch.stack([rows.narrow(2, start, y.key.length) for start in starts], 1)
 
 
 def _from_block(bias: Tensor, pattern: Pattern, y: Run, x: Run) -> Tensor:
