@@ -10,6 +10,7 @@ EXAMPLE = """examples:
   python tools/benchmark.py models biformer_tiny hat_s_x4
   python tools/benchmark.py models biformer_tiny --size 512 512 --batch 8 --train --repeats 20
   python tools/benchmark.py kernels na7 window16
+  python tools/benchmark.py memory hat_x4 --size 512 512 --budgets 1GB 2GB
   python tools/benchmark.py simulate
   python tools/benchmark.py simulate --size 128 128 --kernel 13 --query-tile 4 8 --key-tile 8 8
 """
@@ -42,12 +43,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     kernels = commands.add_parser("kernels", help=text, description=text, **shape)
     kernels.add_argument("names", metavar="NAME", nargs="*", help="a shape; default: all that fit the device")
     kernels.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    for command in (models, kernels):
+
+    text = "large pictures: the authors' formulation, our networks, our networks within memory budgets"
+    memory = commands.add_parser("memory", help=text, description=text, **shape)
+    memory.add_argument("names", metavar="NAME", nargs="+", help="a registered restoration network")
+    memory.add_argument("--size", metavar=("H", "W"), type=count, nargs=2, required=True)
+    memory.add_argument("--budgets", metavar="SIZE", nargs="*", default=[], help="such as 2GB")
+    text = "what takes more is counted, not run (default: %(default)s)"
+    memory.add_argument("--limit", metavar="SIZE", default="12GB", help=text)
+    for command in (models, kernels, memory):
         for name, default, what in (
             ("batch", 1, "images"),
             ("threads", 1, "CPU threads"),
-            ("repeats", 10, "rounds"),
-        ):
+            ("repeats", 1 if command is memory else 10, "rounds"),
+        )[command is memory :]:
             command.add_argument(
                 f"--{name}", metavar="N", type=count, default=default, help=f"{what} (default: %(default)s)"
             )

@@ -12,7 +12,7 @@ import torch
 
 from visionattn.engine.errors import InputError, as_input_error
 
-from . import kernels, models, report, simulation
+from . import kernels, memory, models, report, simulation
 
 
 def compare_models(
@@ -58,6 +58,30 @@ def compare_kernels(
     _run(rows, kernels.page, where, output or Path("benchmarks") / f"{name}.json")
 
 
+def measure_memory(
+    names: Sequence[str],
+    size: Sequence[int],
+    budgets: Sequence[str],
+    limit: str,
+    threads: int,
+    repeats: int,
+    device: str | None,
+    output: Path | None,
+) -> None:
+    """Restoration networks on one large picture; prints and saves a table."""
+    where = _prepare(threads, device)
+    rows = memory.measure_memory(
+        names,
+        size=(size[0], size[1]),
+        budgets=budgets,
+        limit=limit,
+        repeats=repeats,
+        threads=threads,
+        device=where,
+    )
+    _run(rows, memory.page, where, output or Path("benchmarks") / f"memory_{where.type}.json")
+
+
 def simulate(**options: Any) -> None:
     """The cost of tilings; prints a table."""
     given = {
@@ -95,4 +119,9 @@ def _run(
     report.save(page(found), found, report.conditions(device), output, command)
 
 
-COMMANDS = {"models": compare_models, "kernels": compare_kernels, "simulate": simulate}
+COMMANDS = {
+    "models": compare_models,
+    "kernels": compare_kernels,
+    "memory": measure_memory,
+    "simulate": simulate,
+}

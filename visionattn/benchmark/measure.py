@@ -65,19 +65,21 @@ def time_in_turn(
         # Every other round in reverse, so that no function always follows the same one.
         for name in list(calls) if turn % 2 else reversed(list(calls)):
             with settings[name]():
-                passed = _seconds(calls[name], device)
+                passed = seconds_of(calls[name], device)
             if turn:
                 seconds[name].append(passed)
-    return {name: _timing(values) for name, values in seconds.items()}
+    return {name: summary(values) for name, values in seconds.items()}
 
 
-def _timing(seconds: Sequence[float]) -> Timing:
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median and spread of measured seconds."""
     median = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (median,) * 3
     return Timing(median, (high - low) / median)
 
 
-def _seconds(call: Call, device: torch.device) -> float:
+def seconds_of(call: Call, device: torch.device) -> float:
+    """How long one call takes, by the clock that `clock_name` names."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
