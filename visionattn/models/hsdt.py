@@ -93,9 +93,10 @@ class UpConv(nn.Conv3d):
         rows, columns = x.shape[2:4]
         if height is not None and height != rows:
             x = _double_rows(x, top, height)
-        size = (2 * rows, 2 * columns)
-        x = _on_maps(lambda m: F.interpolate(m, size, mode="bilinear", align_corners=True), x)
-        return _convolve(self, x)
+        size = (x.shape[1], 2 * rows, 2 * columns)
+        # On channels-last memory, that of volumes is three times as fast as that of maps.
+        x = F.interpolate(x.permute(0, 4, 1, 2, 3), size, mode="trilinear", align_corners=True)
+        return _convolve(self, x.permute(0, 2, 3, 4, 1))
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
@@ -395,10 +396,16 @@ def _on_maps(function: Any, x: Tensor) -> Tensor:
 
 
 def _convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """A 3x3x3 convolution of `[B, D, H, W, C]` as one of maps with the channels of three bands each.
+    """A 3x3x3 convolution of `[B, D, H, W, C]`.
 
-    PyTorch would unfold a single 3-D image, 27 times its size, on a CPU.
+    On a CPU, PyTorch unfolds single 3-D images up to a size, 27 times theirs: these run as maps with the
+    channels of three bands each.
     """
+    batch, bands, height, _, channels = x.shape
+    small = batch == 1 and bands * height * channels <= 20480
+    if x.device.type != "cpu" or (torch.backends.mkldnn.is_available() and not small):
+        y = F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, padding=1)
+        return y.permute(0, 2, 3, 4, 1)
     near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
     three = torch.cat((near[:, :-2], x, near[:, 2:]), -1)
     weight = conv.weight.transpose(1, 2).flatten(1, 2)
