@@ -46,20 +46,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
     text = "large pictures: the authors' formulation, our networks, our networks within memory budgets"
     memory = commands.add_parser("memory", help=text, description=text, **shape)
-    memory.add_argument("names", metavar="NAME", nargs="+", help="a registered restoration network")
+    memory.add_argument("names", metavar="NAME", nargs="+", help="restoration networks, key=value for them")
     memory.add_argument("--size", metavar=("H", "W"), type=count, nargs=2, required=True)
     memory.add_argument("--budgets", metavar="SIZE", nargs="*", default=[], help="such as 2GB")
     text = "what takes more is counted, not run (default: %(default)s)"
     memory.add_argument("--limit", metavar="SIZE", default="12GB", help=text)
     for command in (models, kernels, memory):
-        for name, default, what in (
-            ("batch", 1, "images"),
-            ("threads", 1, "CPU threads"),
-            ("repeats", 1 if command is memory else 10, "rounds"),
-        )[command is memory :]:
-            command.add_argument(
-                f"--{name}", metavar="N", type=count, default=default, help=f"{what} (default: %(default)s)"
-            )
+        numbers = {"threads": ("CPU threads", 1), "repeats": ("rounds", 1 if command is memory else 10)}
+        numbers |= {} if command is memory else {"batch": ("images", 1)}
+        for name, (what, default) in numbers.items():
+            text = f"{what} (default: {default})"
+            command.add_argument(f"--{name}", metavar="N", type=count, default=default, help=text)
         command.add_argument("--device", help="default: a GPU where there is one")
         command.add_argument("--output", metavar="FILE.json", type=json_file, help="default: in benchmarks/")
 

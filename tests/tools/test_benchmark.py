@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from visionattn.benchmark import kernels, models, report
+from visionattn.benchmark import kernels, memory, models, report
 from visionattn.benchmark.cases import CASES, Case
 from visionattn.benchmark.formulations import FORMULATIONS
 from visionattn.benchmark.measure import Timing, peak_memory, time_in_turn
@@ -227,7 +227,12 @@ def test_bad_options_of_the_simulator(run_tool, options: list[str], message: str
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_pages_show_the_committed_results(path: Path):
-    module, kind = (kernels, kernels.Measurement) if "kernels" in path.stem else (models, models.Comparison)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "kernels": (kernels, kernels.Measurement),
+        "memory": (memory, memory.LargePicture),
+    }
+    known = [kinds[part] for part in path.stem.split("_") if part in kinds]
+    module, kind = known[0] if known else (models, models.Comparison)
     content = json.loads(path.read_text())
     rows: list[Any] = []
     for line in content["results"]:

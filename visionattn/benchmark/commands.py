@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from visionattn.engine.errors import InputError, as_input_error
+from visionattn.engine.yaml_io import parse_pairs
 
 from . import kernels, memory, models, report, simulation
 
@@ -68,16 +69,21 @@ def measure_memory(
     device: str | None,
     output: Path | None,
 ) -> None:
-    """Restoration networks on one large picture; prints and saves a table."""
+    """Restoration networks on one large picture; prints and saves a table.
+
+    Among the names, `key=value` stands for arguments of the networks.
+    """
+    overrides = [text for text in names if "=" in text]
     where = _prepare(threads, device)
     rows = memory.measure_memory(
-        names,
+        [text for text in names if "=" not in text],
         size=(size[0], size[1]),
         budgets=budgets,
         limit=limit,
         repeats=repeats,
         threads=threads,
         device=where,
+        **parse_pairs(overrides),
     )
     _run(rows, memory.page, where, output or Path("benchmarks") / f"memory_{where.type}.json")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from visionattn.engine.errors import InputError, as_input_error, nearest
+from visionattn.engine.yaml_io import dump_value
 from visionattn.inference.memory import parse_bytes, run_within
 from visionattn.layers.bands import count_bytes
 
@@ -36,6 +37,7 @@ class LargePicture:
 
     Attributes:
         network: the registered name.
+        arguments: in which it differs from the published network, as `key=value`.
         input: shape of the input.
         computation: `"authors"`, `"whole image"` for ours, or ours within a memory budget, which it names.
         memory: peak bytes beyond what was held when network and input stood there; None where not run.
@@ -48,6 +50,7 @@ class LargePicture:
     """
 
     network: str
+    arguments: str
     input: tuple[int, ...]
     computation: str
     memory: int | None
@@ -60,7 +63,7 @@ class LargePicture:
     def cells(self) -> tuple[str, ...]:
         """The line under the columns of `page`."""
         return (
-            self.network,
+            f"{self.network} {self.arguments}".strip(),
             "x".join(map(str, self.input)),
             self.computation,
             *map(memory_cell, (self.memory, self.counted)),
@@ -73,6 +76,7 @@ class LargePicture:
 
 def page(rows: Sequence[LargePicture]) -> Page:
     """What stands around these lines."""
+    shortened = any("depth" in row.arguments for row in rows)
     return Page(
         "Memory for large pictures",
         ("network", "input", "computation", "memory", "counted", "share", "time", "slowdown", "difference"),
@@ -84,14 +88,17 @@ def page(rows: Sequence[LargePicture]) -> Page:
         "whole-image pass. Difference: largest difference from the output of the network's first line that "
         "ran, relative to the largest output.",
         [
-            f"{name}, authors: {formulation_of(name).what}"
-            for name in sorted({row.network for row in rows if row.computation == _AUTHORS})
+            *(
+                f"{name}, authors: {formulation_of(name).what}"
+                for name in sorted({row.network for row in rows if row.computation == _AUTHORS})
+            ),
+            *(["fewer blocks take less time, but no less memory: they run one after another"] * shortened),
         ],
     )
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """What a process measures; `computation` as in `LargePicture`."""
 
     network: str
@@ -102,11 +109,17 @@ class _Setting:
     device: str
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def arguments(self) -> str:
+        """`kwargs` as text."""
+        return " ".join(f"{key}={dump_value(value)}" for key, value in self.kwargs.items())
+
     def build(self, device: str) -> Any:
+        """The network in evaluation mode, with the same weights in every process."""
         torch.manual_seed(0)
         return timm.create_model(self.network, device=device, **self.kwargs).eval()
 
     def formulation(self, net: Any) -> AbstractContextManager[object]:
+        """A context in which the network computes as the line says."""
         authors = self.computation == _AUTHORS
         return formulation_of(self.network).in_place_of_kernels(net) if authors else nullcontext()
 
@@ -179,19 +192,19 @@ def measure_memory(
         family = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
         authors = [_AUTHORS] if family in FORMULATIONS else []
         settings = [
-            _Setting(name, shape, computation, repeats, threads, str(device), kwargs)
+            Setting(name, shape, computation, repeats, threads, str(device), kwargs)
             for computation in (*authors, _WHOLE, *budgets)
         ]
         with as_input_error(f"cannot run {name} at {size[0]}x{size[1]}", ValueError):
             yield from _measure_lines(settings, most)
 
 
-def _measure_lines(settings: Sequence[_Setting], most: int) -> Iterator[LargePicture]:
+def _measure_lines(settings: Sequence[Setting], most: int) -> Iterator[LargePicture]:
     memory_of_authors = time_of_whole = first = None
     for setting in settings:
         counted = setting.count()
         runs = counted is None or counted <= most
-        memory, timing, out = _in_own_process(setting) if runs else (None, None, None)
+        memory, timing, out = in_own_process(setting) if runs else (None, None, None)
         first = out if first is None else first
         if setting.computation == _AUTHORS:
             memory_of_authors = memory or counted
@@ -205,8 +218,8 @@ def _measure_lines(settings: Sequence[_Setting], most: int) -> Iterator[LargePic
         if out is not None and first is not None:
             difference = ((out - first).abs().max() / first.abs().max()).item()
         yield LargePicture(
-            *(setting.network, setting.shape, setting.computation, memory, counted),
-            *(share, timing, slowdown, difference),
+            *(setting.network, setting.arguments(), setting.shape, setting.computation),
+            *(memory, counted, share, timing, slowdown, difference),
         )
 
 
@@ -219,7 +232,7 @@ def _input_shape(name: str, size: tuple[int, int], kwargs: dict[str, Any]) -> tu
     return (1, info.channels, *size)
 
 
-def _in_own_process(setting: _Setting) -> tuple[int, Timing, Tensor]:
+def in_own_process(setting: Setting) -> tuple[int, Timing, Tensor]:
     """`setting.measure()` where nobody allocated before, and from where everything is given back."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
