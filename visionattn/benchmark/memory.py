@@ -24,7 +24,7 @@ from visionattn.layers.bands import count_bytes
 from .formulations import FORMULATIONS
 from .measure import Timing, seconds_of, summary
 from .models import formulation_of
-from .report import Page, memory_cell, time_cell
+from .report import Page, memory_cell
 from .zoo import model_names
 
 _AUTHORS, _WHOLE = "authors", "whole image"
@@ -68,10 +68,14 @@ class LargePicture:
             self.computation,
             *map(memory_cell, (self.memory, self.counted)),
             "-" if self.share is None else f"1/{1 / self.share:.1f}",
-            "not run" if self.time is None else time_cell(self.time),
+            "not run" if self.time is None else _time_cell(self.time),
             "-" if self.slowdown is None else f"{self.slowdown:.2f}x",
             "-" if self.difference is None else f"{self.difference:.1e}",
         )
+
+
+def _time_cell(time: Timing) -> str:
+    return f"{time.median:.1f} s" + (f" ± {time.spread:.0%}" if time.spread else "")
 
 
 def page(rows: Sequence[LargePicture]) -> Page:
