@@ -25,9 +25,9 @@ SMALL: dict[str, Any] = {
 
 
 def test_every_way_gives_the_same_picture_and_budgets_less_memory():
-    rows = list(measure_memory(["hat_x2"], size=(240, 240), budgets=["10MB"], **SMALL))
+    rows = list(measure_memory(["hat_x2"], size=(240, 240), budgets=["30MB"], **SMALL))
     authors, whole, banded = rows
-    assert [row.computation for row in rows] == ["authors", "whole image", "10MB"]
+    assert [row.computation for row in rows] == ["authors", "whole image", "30MB"]
     assert all(row.input == (1, 3, 240, 240) for row in rows)
     assert authors.memory is not None
     assert authors.counted is not None
@@ -45,7 +45,7 @@ def test_every_way_gives_the_same_picture_and_budgets_less_memory():
     assert banded.slowdown is not None
     assert banded.share is not None
     assert whole.share is not None
-    assert banded.share < whole.share < 0.5
+    assert 2 * banded.share < whole.share < 1
     assert all(len(row.cells()) == len(memory.page(rows).columns) for row in rows)
 
 
