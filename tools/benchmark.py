@@ -11,6 +11,7 @@ EXAMPLE = """examples:
   python tools/benchmark.py models biformer_tiny --size 512 512 --batch 8 --train --repeats 20
   python tools/benchmark.py kernels na7 window16
   python tools/benchmark.py scaling inline_pvt_tiny l2vit_t --sides 224 448 896
+  python tools/benchmark.py memory hat_x4 --size 512 512 --budgets 1GB 2GB
   python tools/benchmark.py simulate
   python tools/benchmark.py simulate --size 128 128 --kernel 13 --query-tile 4 8 --key-tile 8 8
 """
@@ -50,12 +51,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     sides = {"metavar": "N", "type": count, "nargs": "+", "default": (224, 448, 896)}
     scaling.add_argument("--sides", **sides, help="heights and widths, ascending (default: 224 448 896)")
 
-    for command in (models, kernels, scaling):
-        options = [("threads", 1, "CPU threads"), ("repeats", 10, "rounds")]
-        for name, default, what in [("batch", 1, "images")] * (command is not scaling) + options:
-            command.add_argument(
-                f"--{name}", metavar="N", type=count, default=default, help=f"{what} (default: %(default)s)"
-            )
+    text = "large pictures: the authors' formulation, our networks, our networks within memory budgets"
+    memory = commands.add_parser("memory", help=text, description=text, **shape)
+    memory.add_argument("names", metavar="NAME", nargs="+", help="restoration networks, key=value for them")
+    memory.add_argument("--size", metavar=("H", "W"), type=count, nargs=2, required=True)
+    memory.add_argument("--budgets", metavar="SIZE", nargs="*", default=[], help="such as 2GB")
+    text = "what takes more is counted, not run (default: %(default)s)"
+    memory.add_argument("--limit", metavar="SIZE", default="12GB", help=text)
+
+    for command in (models, kernels, scaling, memory):
+        numbers = {"threads": ("CPU threads", 1), "repeats": ("rounds", 1 if command is memory else 10)}
+        numbers |= {"batch": ("images", 1)} if command in (models, kernels) else {}
+        for name, (what, default) in numbers.items():
+            text = f"{what} (default: {default})"
+            command.add_argument(f"--{name}", metavar="N", type=count, default=default, help=text)
         command.add_argument("--device", help="default: a GPU where there is one")
         command.add_argument("--output", metavar="FILE.json", type=json_file, help="default: in benchmarks/")
 

@@ -15,7 +15,7 @@ import timm
 import torch
 
 import visionattn
-from visionattn.benchmark import kernels, models, report, scaling
+from visionattn.benchmark import kernels, memory, models, report, scaling
 from visionattn.benchmark.cases import CASES, Case
 from visionattn.benchmark.formulations import FORMULATIONS, Formulation
 from visionattn.benchmark.measure import Timing, peak_memory, time_in_turn
@@ -35,11 +35,20 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 64), "n_win": 2, "topks": (1, 2, 3, -2)},
         (64, 96),
     ),
+    "catanet": (
+        "catanet_x2",
+        {"patch_sizes": (8, 12), "num_centres": (5, 9), "group_sizes": (32, 20)},
+        (20, 31),
+    ),
+    "cfsr": ("cfsr_x2", {"depths": (2, 1), "embed_dim": 8}, (20, 32)),
+    # A width at which the position bias depends on the offset.
+    "craft": ("craft_x2", {"depths": (1, 1), "embed_dim": 96}, (20, 32)),
     "hat": (
         "hat_x2",
         {"depths": (2,), "embed_dim": 12, "num_heads": 2, "window_size": 8, "squeeze_factor": 2},
         (20, 32),
     ),
+    "hsdt": ("hsdt_m", {"in_chans": 3, "embed_dim": 4, "depth": 3, "downsample": (1,)}, (20, 32)),
     "inline_attention": (
         "inline_cswin_tiny",
         {"depths": (1, 1, 1, 1), "embed_dim": 32, "num_heads": (1, 2, 2, 2), "stripe": 2},
@@ -50,6 +59,8 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         {"depths": (2,) * 4, "embed_dims": (32,) * 4, "num_heads": (2,) * 4, "window_size": 3},
         (64, 96),
     ),
+    "rgt": ("rgt_s_x2", {"depths": (3, 2), "embed_dim": 96}, (20, 40)),
+    "sha_dehaze": ("pmnet_small", {}, (20, 32)),
 }
 
 
@@ -57,6 +68,9 @@ def build(family: str) -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     name, kwargs, size = SMALL[family]
     net = timm.create_model(name, dtype=torch.float64, **kwargs)
+    with torch.no_grad():
+        for parameter in net.parameters():  # biases and factors as large as what they meet
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return net.eval(), torch.rand(2, 3, *size, dtype=torch.float64)
 
 
@@ -226,9 +240,10 @@ def test_committed_pages_show_the_committed_results(path: Path):
     kinds: dict[str, tuple[Any, Any]] = {
         "kernels": (kernels, kernels.Measurement),
         "scaling": (scaling, scaling.Growth),
+        "memory": (memory, memory.LargePicture),
         "models": (models, models.Comparison),
     }
-    module, kind = next(found for name, found in kinds.items() if name in path.stem)
+    module, kind = next(found for name, found in kinds.items() if name in path.stem.split("_"))
     content = json.loads(path.read_text())
     rows: list[Any] = []
     for line in content["results"]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from visionattn.engine.errors import InputError, as_input_error
+from visionattn.engine.yaml_io import parse_pairs
 
-from . import kernels, models, report, scaling, simulation
+from . import kernels, memory, models, report, scaling, simulation
 
 
 def compare_models(
@@ -56,6 +57,35 @@ def compare_kernels(
     )
     name = f"kernels_{where.type}{'' if dtype == 'float32' else f'_{dtype}'}"
     _run(rows, kernels.page, where, output or Path("benchmarks") / f"{name}.json")
+
+
+def measure_memory(
+    names: Sequence[str],
+    size: Sequence[int],
+    budgets: Sequence[str],
+    limit: str,
+    threads: int,
+    repeats: int,
+    device: str | None,
+    output: Path | None,
+) -> None:
+    """Restoration networks on one large picture; prints and saves a table.
+
+    Among the names, `key=value` stands for arguments of the networks.
+    """
+    overrides = [text for text in names if "=" in text]
+    where = _prepare(threads, device)
+    rows = memory.measure_memory(
+        [text for text in names if "=" not in text],
+        size=(size[0], size[1]),
+        budgets=budgets,
+        limit=limit,
+        repeats=repeats,
+        threads=threads,
+        device=where,
+        **parse_pairs(overrides),
+    )
+    _run(rows, memory.page, where, output or Path("benchmarks") / f"memory_{where.type}.json")
 
 
 def measure_scaling(
@@ -112,6 +142,7 @@ def _run(
 COMMANDS = {
     "models": compare_models,
     "kernels": compare_kernels,
+    "memory": measure_memory,
     "scaling": measure_scaling,
     "simulate": simulate,
 }

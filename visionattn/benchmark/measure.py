@@ -74,21 +74,23 @@ def time_in_turn(
             with settings[name]():
                 if times[name] > 1:
                     call()
-                passed = _seconds(lambda call=call, n=times[name]: [call() for _ in range(n)], device)
+                passed = seconds_of(lambda call=call, n=times[name]: [call() for _ in range(n)], device)
             if turn:
                 seconds[name].append(passed / times[name])
             else:
                 times[name] = max(1, min(_MOST_CALLS, int(_SHORT / max(passed, 1e-9))))
-    return {name: _timing(values) for name, values in seconds.items()}
+    return {name: summary(values) for name, values in seconds.items()}
 
 
-def _timing(seconds: Sequence[float]) -> Timing:
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median and spread of measured seconds."""
     median = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (median,) * 3
     return Timing(median, (high - low) / median)
 
 
-def _seconds(call: Call, device: torch.device) -> float:
+def seconds_of(call: Call, device: torch.device) -> float:
+    """How long one call takes, by the clock that `clock_name` names."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

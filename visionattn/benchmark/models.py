@@ -121,8 +121,18 @@ def compare_models(
 def compare(net: nn.Module, name: str, formulation: Formulation, image: Tensor, repeats: int) -> Comparison:
     """Compare one network on one input; it trains if it is in training mode."""
 
+    start = [(buffer, buffer.clone()) for buffer in net.buffers()]
+
     def settings(whose: str) -> Callable[[], AbstractContextManager[object]]:
-        return (lambda: formulation.in_place_of_kernels(net)) if whose == "authors" else nullcontext
+        def enter() -> AbstractContextManager[object]:
+            # Training moves statistics and draws numbers: both formulations begin alike.
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for buffer, value in start:
+                    buffer.copy_(value)
+            return formulation.in_place_of_kernels(net) if whose == "authors" else nullcontext()
+
+        return enter
 
     pass_once = _training_pass(net, image) if net.training else _inference_pass(net, image)
     contexts = {whose: settings(whose) for whose in ("ours", "authors")}

@@ -64,7 +64,7 @@ def by_bands(
         placed: whether the function takes `top=`, the row at which its bands begin, halo included. With
             `wrap`, a band may begin before the map or reach beyond it; a whole map begins at None.
         into: a tensor of the output's shape that the output may be written to. It must be the caller's own;
-            it may be one of the maps if `halo` is 0.
+            it may be one of the maps if rows of the output depend on no rows around of that one.
 
     Returns:
         What the function gives for whole maps.
@@ -183,6 +183,9 @@ class _Rehearsal(TorchDispatchMode):
         for tensor in (out,) if isinstance(out, Tensor) else out:
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
+        if func is torch.ops.aten.convolution.default:
+            # On a CPU the weights are copied into the order of the map and from there into the library's.
+            self._reach(self.held + 2 * args[1].nbytes)
         return out
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -192,9 +195,12 @@ class _Rehearsal(TorchDispatchMode):
         self._sizes[key] = storage.nbytes()
         weakref.finalize(storage, self._release, key)
         self.held += storage.nbytes()
-        self.peak = max(self.peak, self.held)
+        self._reach(self.held)
+
+    def _reach(self, size: int) -> None:
+        self.peak = max(self.peak, size)
         if not self._trying:
-            self.needed = max(self.needed, self.held)
+            self.needed = max(self.needed, size)
 
     def _release(self, key: int) -> None:
         self.held -= self._sizes.pop(key)
@@ -234,7 +240,9 @@ class _FusedAttention(TorchFunctionMode):
     """Attention as devices compute it: without tensors of scores, where queries are as wide as values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and args[0].shape[-1] == args[2].shape[-1]:
+        # Inside `sdpa_kernel(SDPBackend.MATH)` there are scores.
+        fused = func is F.scaled_dot_product_attention and torch.backends.cuda.flash_sdp_enabled()
+        if fused and args[0].shape[-1] == args[2].shape[-1]:
             return args[0].new_empty(args[0].shape)
         return func(*args, **(kwargs or {}))
 
@@ -252,6 +260,13 @@ def rehearse(function: Callable[[], object], budget: int) -> tuple[list[int], in
     with _planned(_Rehearsal(budget)) as rehearsal, torch.no_grad(), rehearsal, _FusedAttention():
         function()
     return rehearsal.heights, rehearsal.needed
+
+
+def count_bytes(function: Callable[[], object]) -> int:
+    """The most that the tensors of a function on the meta device occupy at one time, in bytes."""
+    with torch.no_grad(), _Rehearsal(0) as counter, _FusedAttention():
+        function()
+    return counter.peak
 
 
 @contextmanager

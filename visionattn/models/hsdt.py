@@ -25,6 +25,8 @@ __all__ = ["HSDT", "HSDTSSR"]
 
 Query = Literal["learned", "self"]
 
+_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 class SpectralSpatialConv(nn.Module):
     """S3Conv: two 3x3 convolutions of every band, plus a convolution along three bands of the same input.
@@ -93,9 +95,10 @@ class UpConv(nn.Conv3d):
         rows, columns = x.shape[2:4]
         if height is not None and height != rows:
             x = _double_rows(x, top, height)
-        size = (2 * rows, 2 * columns)
-        x = _on_maps(lambda m: F.interpolate(m, size, mode="bilinear", align_corners=True), x)
-        return _convolve(self, x)
+        size = (x.shape[1], 2 * rows, 2 * columns)
+        # On channels-last memory, that of volumes is three times as fast as that of maps.
+        x = F.interpolate(x.permute(0, 4, 1, 2, 3), size, mode="trilinear", align_corners=True)
+        return _convolve(self, x.permute(0, 2, 3, 4, 1))
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
@@ -395,14 +398,25 @@ def _on_maps(function: Any, x: Tensor) -> Tensor:
 
 
 def _convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """A 3x3x3 convolution of `[B, D, H, W, C]` as one of maps with the channels of three bands each.
+    """A 3x3x3 convolution of `[B, D, H, W, C]`.
 
-    PyTorch would unfold a single 3-D image, 27 times its size, on a CPU.
+    Small single images would be unfolded on a CPU, 27 times their size: they run as maps with the channels of
+    three bands each.
     """
+    # What is counted on the meta device may run on a CPU.
+    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta") or not _unfolds(x):
+        y = F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, padding=1)
+        return y.permute(0, 2, 3, 4, 1)
     near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
     three = torch.cat((near[:, :-2], x, near[:, 2:]), -1)
     weight = conv.weight.transpose(1, 2).flatten(1, 2)
     return _on_maps(lambda maps: F.conv2d(maps, weight, conv.bias, conv.stride[1:], padding=1), three)
+
+
+def _unfolds(x: Tensor) -> bool:
+    """Whether PyTorch on a CPU convolves `[B, D, H, W, C]` as a volume without oneDNN."""
+    batch, bands, height, _, channels = x.shape
+    return not _ONEDNN or (batch == 1 and bands * height * channels <= 20480)
 
 
 def _double_rows(x: Tensor, top: int, height: int) -> Tensor:

@@ -98,10 +98,15 @@ class RecursiveGeneralizationAttention(nn.Module):
             small = on_nhwc(self.reduction, small)
         small = F.gelu(self.norm(self.conv(on_nhwc(self.dwconv, small))))
         v = self.v(small)
-        k, v = (self._heads(t) for t in (self.k(small), v + on_nhwc(self.cpe, v)))
+        v = self._heads(v + on_nhwc(self.cpe, v))
+        k = self._heads(self.k(small))
+        # Fused attention, which holds no scores, wants heads of one width: zeros change no product.
+        scale, fill = k.shape[-1] ** -0.5, (0, max(v.shape[-1] - k.shape[-1], 0))
+        k = F.pad(k, fill)
 
         def attend(rows: Tensor) -> Tensor:
-            out = F.scaled_dot_product_attention(self._heads(self.q(norm(rows))), k, v)
+            q = F.pad(self._heads(self.q(norm(rows))), fill)
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
             return rows + drop_path(self.proj(out.transpose(1, 2).reshape(rows.shape)))
 
         return by_bands(attend, x)

@@ -293,9 +293,20 @@ class Deep(nn.Module):
         self.tail = Tail(dim, in_chans, **dd)
         self.grad_checkpointing = False
 
-    def forward(self, mixed: Tensor, features: Tensor) -> Tensor:
-        """An image `[B, C, H, W]` and features `[B, dim, H, W]` to the correction of the hazy image."""
-        y = by_bands(lambda x, y: self.aff(self.conv_in(x), y), mixed, features, halo=1, dim=2)
+    def forward(self, mixed: Tensor, density: Tensor, features: Tensor) -> Tensor:
+        """The correction of the hazy image.
+
+        Args:
+            mixed: an image `[B, C, H, W]`.
+            density: `[B, 1, H, W]`, a factor on the features.
+            features: `[B, dim, H, W]` that nobody else needs: they may be overwritten.
+        """
+
+        def fuse(mixed: Tensor, density: Tensor, features: Tensor) -> Tensor:
+            return self.aff(self.conv_in(mixed), density * features)
+
+        # The halo is for the image: no row of the features reaches another one.
+        y = by_bands(fuse, mixed, density, features, halo=1, dim=2, into=features)
         return by_bands(self.tail, _run(self.blocks, y, self.grad_checkpointing), halo=2, dim=2)
 
 
@@ -383,7 +394,7 @@ class PMNet(nn.Module):
         image = pad_to_multiple(x, self.info.size_multiple)
         features, pseudo = self.shallow(image)
         density = self.density(image, pseudo)
-        restored = image + self.deep(self.mix(image, pseudo), density * features)
+        restored = image + self.deep(self.mix(image, pseudo), density, features)
         return Dehazed(*(out[..., :height, :width] for out in (restored, pseudo, density)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,13 +8,31 @@ memory is that of the formulation.
 
 from __future__ import annotations
 
-from . import agent_attention, biformer, hat, inline_attention, l2vit
+from . import (
+    agent_attention,
+    biformer,
+    catanet,
+    cfsr,
+    craft,
+    hat,
+    hsdt,
+    inline_attention,
+    l2vit,
+    rgt,
+    sha_dehaze,
+)
 from .formulation import Formulation
 
 FORMULATIONS: dict[str, Formulation] = {
     "agent_attention": agent_attention.FORMULATION,
     "biformer": biformer.FORMULATION,
+    "catanet": catanet.FORMULATION,
+    "cfsr": cfsr.FORMULATION,
+    "craft": craft.FORMULATION,
     "hat": hat.FORMULATION,
+    "hsdt": hsdt.FORMULATION,
     "inline_attention": inline_attention.FORMULATION,
     "l2vit": l2vit.FORMULATION,
+    "rgt": rgt.FORMULATION,
+    "sha_dehaze": sha_dehaze.FORMULATION,
 }
