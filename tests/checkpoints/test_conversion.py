@@ -253,7 +253,7 @@ def test_other_channels_of_a_restoration_network_are_refused(name: str, tmp_path
         gray = source.get_parameter("proj.weight").sum(1, keepdim=True)
         torch.testing.assert_close(net.get_parameter("proj.weight"), gray)
         return
-    sentence = f"the weights of {name} are for {source.in_chans} channels and cannot be adapted to in_chans=1, "
+    sentence = f"the weights of {name} are for {source.in_chans} channels and cannot be adapted to in_chans=1"
     with pytest.raises(ValueError, match=sentence):
         families.small(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1)
 

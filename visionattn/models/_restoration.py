@@ -174,8 +174,8 @@ def build_restoration(model_cls: type, variant: str, pretrained: bool, **kwargs:
         if model.in_chans != channels and differing:
             raise ValueError(
                 f"the weights of {variant} are for {channels} channels and cannot be adapted to "
-                f"in_chans={model.in_chans}, because not only the first convolution depends on them: give the "
-                f"network images of {channels} channels (gray ones repeated), or create it without pretrained"
+                f"in_chans={model.in_chans}, because more than the first convolution depends on them: give "
+                f"it images of {channels} channels (gray ones repeated), or create it without pretrained"
             )
         return weights
 
