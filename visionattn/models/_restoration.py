@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,6 +68,11 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """
     height, width = x.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
+    if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
+        for dim, side, behind in ((-2, height, bottom), (-1, width, right)):
+            index = torch.arange(side + behind, device=x.device)
+            x = x.index_select(dim, torch.minimum(index, 2 * side - 2 - index))
+        return x
     if bottom >= height or right >= width:
         raise ValueError(
             f"an input of {height}x{width} cannot be reflected to a multiple of {multiple}: "

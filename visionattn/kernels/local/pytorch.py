@@ -18,6 +18,7 @@ from .pattern import Pattern
 from .pytorch_backward import local_attention_backward
 from .strips import band_biases, bands, chunks, key_strips, put_query_strips, query_strips, tile
 from .tiles import attention_of_tiles, by_groups, pad_keys
+from .uniform import can_be_uniform, uniform_attention
 
 
 def tiled_attention(
@@ -30,6 +31,8 @@ def tiled_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
+    if any(isinstance(side, torch.SymInt) for side in q.shape[1:3]) and can_be_uniform(pattern, bias):
+        return uniform_attention(q, k, v, pattern, bias, scale, return_lse)
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
     out, *lse = _Chunked.apply(q, k, v, bias, pattern, scale, return_lse)
