@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -29,9 +28,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--size", metavar=("H", "W"), type=int, nargs=2, help="default: the network's")
     parser.add_argument("--batch", metavar="N", type=int, default=1, help="images (default: %(default)s)")
     parser.add_argument("--dynamic", action="store_true", help="let batch, height and width vary")
-    parser.add_argument("--table", metavar="FILE.md", help="try every family in every way")
-    parser.add_argument("--networks", metavar="NAME", nargs="+", default=[], help="of the table")
-    parser.add_argument("--formats", metavar="FORMAT", nargs="+", default=formats, choices=formats)
+    parser.add_argument("--table", metavar="FILE.md", help="try every family in every way, for an hour")
+    parser.add_argument("--networks", metavar="NAME", nargs="+", default=[], help="rows to make anew")
     parsed = parser.parse_args(arguments)
     if parsed.table is None and parsed.target is None:
         parser.error("name a CHECKPOINT and a FILE, or --table")
@@ -61,16 +59,15 @@ def export(arguments: argparse.Namespace) -> None:
 def table(arguments: argparse.Namespace) -> None:
     from visionattn.engine.errors import as_input_error
     from visionattn.engine.network import check_network_name
-    from visionattn.integrations.export_table import try_exports, write_table
+    from visionattn.integrations.export_table import NETWORKS, read_table, try_exports, write_table
 
     for name in arguments.networks:
         check_network_name(name)
-
-    command, rows = shlex.join(["python", "tools/export.py", *sys.argv[1:]]), []
+    rows = read_table(arguments.table) if arguments.networks else []
     with as_input_error("cannot make the table", ValueError, RuntimeError):
-        for row in try_exports(arguments.networks, arguments.formats):
+        for row in try_exports(arguments.networks or NETWORKS):
             rows.append(row)
-            write_table(rows, arguments.table, command)
+            write_table(rows, arguments.table)
             print(row.network, file=sys.stderr)
 
 

@@ -241,12 +241,29 @@ def test_another_input_size_while_loading(name: str, tmp_path: Path):
     assert all(torch.equal(net.state_dict()[n], source.state_dict()[n]) for n in unsized)
 
 
-def test_other_channels_of_a_restoration_network_are_refused(tmp_path: Path):
-    # Its last convolution would have to change too, for which timm has no rule.
-    save_official(families.small("cfsr_x2"), tmp_path / "weights.pth")
+@pytest.mark.parametrize("name", families.RESTORATION)
+def test_other_channels_of_a_restoration_network_are_refused(name: str, tmp_path: Path):
+    source = families.small(name)
+    save_official(source, tmp_path / "weights.pth")
     overlay = {"file": str(tmp_path / "weights.pth")}
-    with pytest.raises(RuntimeError, match="conv_last"):
-        families.small("cfsr_x2", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1)
+    same = families.small(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert equal(same.state_dict(), source.state_dict())
+    if name == "hsdt_ssr":  # what comes out are bands, whatever comes in
+        net = families.small(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1)
+        gray = source.get_parameter("proj.weight").sum(1, keepdim=True)
+        torch.testing.assert_close(net.get_parameter("proj.weight"), gray)
+        return
+    sentence = f"the weights of {name} are for {source.in_chans} channels and cannot be adapted to in_chans=1"
+    with pytest.raises(ValueError, match=sentence):
+        families.small(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1)
+
+
+def test_a_network_of_other_channels_keeps_them(tmp_path: Path):
+    source = families.small("cfsr_x2", in_chans=1)
+    timm.models.save_for_hf(source, tmp_path / "gray", model_args={**families.SMALL["cfsr"], "in_chans": 1})
+    assert equal(
+        timm.create_model(f"local-dir:{tmp_path}/gray", pretrained=True).state_dict(), source.state_dict()
+    )
 
 
 # What cannot be written

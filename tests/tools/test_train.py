@@ -94,7 +94,10 @@ def test_a_killed_run_resumes_to_the_same_result(config: str, whole: Path, tmp_p
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_two_processes_equal_one_of_the_same_batch(config: str, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one_of_the_same_batch(
+    parallel: str, config: str, whole: Path, tmp_path: Path
+) -> None:
     launcher = (
         sys.executable,
         "-m",
@@ -104,10 +107,17 @@ def test_two_processes_equal_one_of_the_same_batch(config: str, whole: Path, tmp
         "--master-port",
         "29517",
     )
-    done = run(TRAIN, config, f"output={tmp_path}/two", "train.batch_size=32", launcher=launcher)
+    options = ("train.batch_size=32", f"train.parallel={parallel}")
+    done = run(TRAIN, config, f"output={tmp_path}/two", *options, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu" in done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=2e-3)
+    # Whole weights, whatever parts of them the processes held.
+    for name in ("last", "best"):
+        ours, theirs = (
+            load_file(folder / f"checkpoints/{name}.safetensors") for folder in (tmp_path / "two", whole)
+        )
+        assert {n: v.shape for n, v in ours.items()} == {n: v.shape for n, v in theirs.items()}
 
 
 def test_evaluation_repeats_the_result_of_the_run(whole: Path) -> None:

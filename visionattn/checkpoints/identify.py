@@ -252,11 +252,6 @@ def _fit(identity: Identity, weights: Mapping[str, Tensor]) -> LoadReport | str:
         return str(error).split("\n")[0]
 
 
-def families() -> list[str]:
-    """The plainest registered network of every family and host."""
-    return [_variants(layout)[0].name for layout in _modules()]
-
-
 @lru_cache
 def _modules() -> dict[Layout, str]:
     """The layouts of all families, each with the module that registers its networks."""

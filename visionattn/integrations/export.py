@@ -19,6 +19,7 @@ from visionattn.kernels import use_backend
 
 Format = Literal["program", "onnx", "aoti"]
 Size = tuple[int, int]
+Shape = tuple[int, int, int]  # images, height, width
 # The suffix of each format's files; both of PyTorch's are `.pt2`.
 FORMATS: dict[Format, str] = {"program": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
 # Reordered sums of float32 differ by less than this part of the largest output.
@@ -44,8 +45,8 @@ class Exported:
 
     path: Path
     format: Format
-    sizes: tuple[tuple[int, int, int], ...]
-    refused: tuple[tuple[int, int, int], ...]
+    sizes: tuple[Shape, ...]
+    refused: tuple[Shape, ...]
     difference: float
     seconds: float
 
@@ -87,60 +88,97 @@ def export_network(
     path = Path(path)
     if path.suffix != FORMATS[format]:
         raise ValueError(f"files of the format {format} end in {FORMATS[format]}, but {path.name} was given")
+    check_libraries(format)
+    return write_trace(
+        trace_network(network, size=size, batch=batch, dynamic=dynamic), path, format, tolerance
+    )
+
+
+def check_libraries(format: Format) -> None:
+    """Raise ValueError if a format needs libraries that are not installed."""
     if format == "onnx" and (absent := [n for n in _ONNX if importlib.util.find_spec(n) is None]):
         raise ValueError(f"ONNX needs {' and '.join(absent)}: pip install 'visionattn[export]'")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A network as a program, from which files of every format are written.
+
+    Attributes:
+        program: the program.
+        wanted: what the network gives, by the (batch, height, width) of its input; the first is the
+            program's own.
+        channels: of the input.
+        seconds: time of tracing.
+    """
+
+    program: ExportedProgram
+    wanted: dict[Shape, tuple[Tensor, ...]]
+    channels: int
+    seconds: float
+
+
+def trace_network(
+    network: nn.Module, *, size: Size | None = None, batch: int = 1, dynamic: bool = False
+) -> Trace:
+    """The program of a network for inference; arguments as in `export_network`.
+
+    Raises:
+        ExportError: the network cannot be traced.
+    """
     network = network.eval()
     cfg: Any = network.pretrained_cfg
     channels, *usual = cfg["input_size"]
     height, width = size or usual
     # With one image, PyTorch would take the batch for a constant.
     first = (max(batch, 2) if dynamic else batch, height, width)
-    image = _image(channels, first)
     others = _other_sizes(first) if dynamic else ()
+    shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if dynamic else None
     with torch.no_grad(), use_backend("torch"):
         wanted = {shape: _as_tuple(network(_image(channels, shape))) for shape in (first, *others)}
         started = time.perf_counter()
-        program = _program(network, image, dynamic)
-        with replacing_whole(path) as beside:
-            named = beside.with_name(f"{beside.name}{path.suffix}")  # AOTInductor insists on its suffix
-            try:
-                _WRITERS[format](program, image, named)
-                seconds = time.perf_counter() - started
-                run = _READERS[format](named)
-                refused, difference = _compare(run, program, wanted, channels, tolerance, first)
-                os.replace(named, beside)
-            finally:
-                named.unlink(missing_ok=True)
-    compared = tuple(shape for shape in wanted if shape not in refused)
+        try:
+            image = (_image(channels, first),)
+            program = torch.export.export(network, image, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # the exporter's errors have no common class
+            name = type(network).__name__
+            raise ExportError(f"torch.export cannot trace {name}: {_reason(error)}") from error
+    return Trace(program, wanted, channels, time.perf_counter() - started)
+
+
+def write_trace(trace: Trace, path: Path, format: Format, tolerance: float = TOLERANCE) -> Exported:
+    """Write a program as a file, compare the file with the network, and keep it if they agree.
+
+    Raises:
+        ExportError: the format cannot hold the program, or gives other outputs.
+    """
+    started = time.perf_counter()
+    with torch.no_grad(), replacing_whole(path) as beside:
+        named = beside.with_name(f"{beside.name}{path.suffix}")  # AOTInductor insists on its suffix
+        try:
+            _WRITERS[format](trace.program, _image(trace.channels, next(iter(trace.wanted))), named)
+            seconds = trace.seconds + time.perf_counter() - started
+            refused, difference = _compare(_READERS[format](named), trace, tolerance)
+            os.replace(named, beside)
+        finally:
+            named.unlink(missing_ok=True)
+    compared = tuple(shape for shape in trace.wanted if shape not in refused)
     return Exported(path, format, compared, refused, difference, seconds)
 
 
-def _program(network: nn.Module, image: Tensor, dynamic: bool) -> ExportedProgram:
-    shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if dynamic else None
-    try:
-        return torch.export.export(network, (image,), dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # the exporter's errors have no common class
-        raise ExportError(f"torch.export cannot trace {type(network).__name__}: {_reason(error)}") from error
-
-
-def _other_sizes(first: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
+def _other_sizes(first: Shape) -> tuple[Shape, ...]:
     """Sizes that a dynamic file should take: larger, not square, not divisible, one image, smaller."""
     _, height, width = first
     return (1, height + 32, width + 64), (3, height + 11, width + 5), (2, height // 2, width // 2)
 
 
 def _compare(
-    run: Callable[[Tensor], tuple[Tensor, ...]],
-    program: ExportedProgram,
-    wanted: dict[tuple[int, int, int], tuple[Tensor, ...]],
-    channels: int,
-    tolerance: float,
-    first: tuple[int, int, int],
-) -> tuple[tuple[tuple[int, int, int], ...], float]:
+    run: Callable[[Tensor], tuple[Tensor, ...]], trace: Trace, tolerance: float
+) -> tuple[tuple[Shape, ...], float]:
     """The sizes that the program's own checks refuse, and the largest relative difference at the others."""
-    refused, largest, checked = [], 0.0, program.module()
-    for shape, expected in wanted.items():
-        image = _image(channels, shape)
+    refused, largest, checked, first = [], 0.0, trace.program.module(), next(iter(trace.wanted))
+    for shape, expected in trace.wanted.items():
+        image = _image(trace.channels, shape)
         try:
             # ONNX drops the conditions under which the program holds: what it refuses is not to be trusted.
             checked(image)
@@ -162,7 +200,7 @@ def _compare(
                 raise ExportError(f"at {_named(shape)} the outputs differ by {difference:.1e} of the largest")
             largest = max(largest, difference)
     # A file for two sizes would be no dynamic one.
-    if len(wanted) > 1 and all(shape in refused for shape in list(wanted)[1:3]):
+    if len(trace.wanted) > 1 and all(shape in refused for shape in list(trace.wanted)[1:3]):
         raise ExportError(f"the program refuses all larger sizes than {_named(first)}")
     return tuple(refused), largest
 
@@ -222,7 +260,7 @@ _READERS: dict[Format, Callable[[Path], Callable[[Tensor], tuple[Tensor, ...]]]]
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
-def _image(channels: int, shape: tuple[int, int, int]) -> Tensor:
+def _image(channels: int, shape: Shape) -> Tensor:
     batch, height, width = shape
     return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(0))
 
@@ -231,7 +269,7 @@ def _as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _named(shape: tuple[int, int, int]) -> str:
+def _named(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 

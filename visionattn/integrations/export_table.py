@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import platform
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
 
-from visionattn.checkpoints.identify import families
 from visionattn.checkpoints.loading import replacing_whole
 
-from .export import FORMATS, Exported, ExportError, Format, export_network
+from .export import (
+    FORMATS,
+    Exported,
+    ExportError,
+    Format,
+    Trace,
+    check_libraries,
+    trace_network,
+    write_trace,
+)
+
+# One network of every family and host, and of every pattern of attention.
+NETWORKS = (
+    *("agent_cswin_tiny", "agent_deit_tiny", "agent_pvt_tiny", "agent_swin_tiny", "biformer_tiny"),
+    *("catanet_x2", "cfsr_x2", "craft_x2", "dinat_mini", "hat_s_x2", "hsdt_s", "hsdt_ssr"),
+    *("inline_cswin_tiny", "inline_deit_tiny", "inline_pvt_tiny", "inline_swin_tiny", "l2vit_t"),
+    *("nat_mini", "nat_isotropic_small", "pmnet_small", "rgt_s_x2"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,40 +41,54 @@ class Row:
 
     Attributes:
         network: its registered name; what was exported has all its parts, and fewer blocks.
-        results: for every format and dynamic or not: the export, or the reason why there is none.
+        results: for every format and dynamic or not: "yes" with the sizes that the file refuses, or the
+            sentence that says why there is no file.
     """
 
     network: str
-    results: dict[tuple[Format, bool], Exported | str]
+    results: dict[tuple[Format, bool], str]
 
 
-def try_exports(names: Sequence[str] = (), formats: Sequence[Format] = tuple(FORMATS)) -> Iterator[Row]:
+def try_exports(names: Sequence[str] = NETWORKS, formats: Sequence[Format] = tuple(FORMATS)) -> Iterator[Row]:
     """Export networks in every way.
 
     Args:
-        names: registered networks; by default one of every family and host.
+        names: registered networks.
         formats: which ones.
 
     Raises:
         ValueError: a format whose libraries are not installed.
     """
-    for name in names or families():
+    for format in formats:
+        check_libraries(format)
+    for name in names:
         network = timm.create_model(name, **shortened(name))
-        large = 48 if hasattr(network, "info") else 256
-        results: dict[tuple[Format, bool], Exported | str] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for format in formats:
-                for dynamic in (False, True):
-                    path = Path(folder) / f"{name}{FORMATS[format]}"
-                    # Large enough for the usual way through every network: no map is less than a window.
-                    size = (large, large)
-                    try:
-                        results[format, dynamic] = export_network(
-                            network, path, format, size=size, dynamic=dynamic
-                        )
-                    except ExportError as error:
-                        results[format, dynamic] = str(error)
-        yield Row(name, results)
+        # Large enough for the usual way through every network: no map is less than a window.
+        side = 48 if hasattr(network, "info") else 256
+        results: dict[tuple[Format, bool], str] = {}
+        for dynamic in (False, True):
+            try:
+                # One trace for all formats: it takes most of the time.
+                trace = trace_network(network, size=(side, side), dynamic=dynamic)
+            except ExportError as error:
+                results |= {(format, dynamic): str(error) for format in formats}
+            else:
+                results |= {(format, dynamic): _try_format(trace, format) for format in formats}
+        yield Row(
+            name, {(format, dynamic): results[format, dynamic] for format, dynamic in _columns(formats)}
+        )
+
+
+def _try_format(trace: Trace, format: Format) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return _cell(write_trace(trace, Path(folder, f"net{FORMATS[format]}"), format))
+        except ExportError as error:
+            return str(error)
+
+
+def _columns(formats: Sequence[Format]) -> list[tuple[Format, bool]]:
+    return [(format, dynamic) for format in formats for dynamic in (False, True)]
 
 
 def shortened(name: str) -> dict[str, Any]:
@@ -77,39 +108,56 @@ def shortened(name: str) -> dict[str, Any]:
     return short if "downsample" in arguments or "depth" not in arguments else {**short, "depth": 2}
 
 
-def write_table(rows: Sequence[Row], path: str | Path, command: str) -> None:
-    """Write rows as Markdown, with the reasons below and how the table was made.
+def read_table(path: str | Path) -> list[Row]:
+    """The rows of a table that `write_table` wrote; none if there is no such file."""
+    if not Path(path).is_file():
+        return []
+    text = Path(path).read_text(encoding="utf-8")
+    reasons = dict(re.findall(r"^(\d+)\. (.+)$", text, re.MULTILINE))
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    if not lines:
+        return []
+    named: dict[str, Format] = {format: format for format in get_args(Format)}
+    columns = [(named[head.split(", ")[0]], head.endswith("dynamic")) for head in lines[0][1:]]
+    rows = []
+    for name, *cells in lines[2:]:
+        numbers = [re.fullmatch(r"no \[(\d+)\]", cell) for cell in cells]
+        results = [reasons[n.group(1)] if n else cell for n, cell in zip(numbers, cells)]
+        rows.append(Row(name.strip("`"), dict(zip(columns, results))))
+    return rows
+
+
+def write_table(rows: Sequence[Row], path: str | Path) -> None:
+    """Write rows as Markdown, in the order of their names, with the reasons below.
 
     Args:
-        rows: of `try_exports`.
+        rows: of `try_exports` or `read_table`; of several rows of one network the last counts.
         path: the file; replaced by a whole one.
-        command: what made it.
     """
     columns = list(rows[0].results)
     head = ["network", *(f"{format}, {'dynamic' if dynamic else 'fixed'}" for format, dynamic in columns)]
     lines = [_line(head), _line(["---"] * len(head))]
     reasons: dict[str, int] = {}
-    for row in rows:
-        cells = (_cell(row.results[column], reasons) for column in columns)
-        lines.append(_line([f"`{row.network}`", *cells]))
+    for name, row in sorted({row.network: row for row in rows}.items()):
+        cells = (row.results[column] for column in columns)
+        numbered = (
+            cell if cell.startswith("yes") else f"no [{reasons.setdefault(cell, len(reasons) + 1)}]"
+            for cell in cells
+        )
+        lines.append(_line([f"`{name}`", *numbered]))
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     text = _TEXT.format(
         table="\n".join(lines),
         notes="\n".join(notes) or "Everything exports.",
-        command=command,
         versions=f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}",
     )
     with replacing_whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
-def _cell(result: Exported | str, reasons: dict[str, int]) -> str:
-    if isinstance(result, str):
-        return f"no [{reasons.setdefault(result, len(reasons) + 1)}]"
-    if not result.refused:
-        return "yes"
-    smaller = ", ".join(f"{height}x{width}" for _, height, width in result.refused)
-    return f"yes, not {smaller}"
+def _cell(result: Exported) -> str:
+    refused = ", ".join(f"{height}x{width}" for _, height, width in result.refused)
+    return f"yes, not {refused}" if refused else "yes"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -127,5 +175,7 @@ that the file refuses such a size, because the network takes another way there t
 
 {notes}
 
-The networks have all their parts, and two blocks per stage. Made by `{command}` with {versions}.
+The networks have all their parts and their published width, and two blocks per stage. Made by
+`python tools/export.py --table docs/export.md` with {versions}; with `--networks NAME ...` it makes these
+rows anew and keeps the others.
 """

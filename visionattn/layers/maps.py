@@ -15,7 +15,12 @@ def on_nhwc(module: nn.Module, x: Tensor) -> Tensor:
 def extend_to(x: Tensor, height: int, width: int) -> Tensor:
     """`[B, height, width, C]` of a smaller `[B, H, W, C]`: zeros on the right and bottom."""
     bottom, right = height - x.shape[1], width - x.shape[2]
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if is_needed(bottom, right) else x
+
+
+def is_needed(*padding: int) -> bool:
+    """Whether padding may change a map: always where sizes vary, so that a program is not for some only."""
+    return any(isinstance(amount, torch.SymInt) or amount > 0 for amount in padding)
 
 
 def fill_up(x: Tensor, multiple: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import window_attention
 from .bands import by_bands
-from .maps import on_nhwc
+from .maps import is_needed, on_nhwc
 
 
 class DynamicPositionBias(nn.Module):
@@ -161,13 +161,13 @@ class RectangleWindowAttention(nn.Module):
         top, height = place or (0, rows)
         shift = (window[0] // 2, window[1] // 2) if self.shifted else (0, 0)
         fill = [-side % max(window) for side in (height, width)]
-        if self.mask_shift:
+        if self.mask_shift and not isinstance(fill[0], torch.SymInt):
             # Windows that would hold nothing but zeros are left out; a torus needs its full size.
             rest = [(s - side) % w for side, w, s in zip((height, width), window, shift)]
             fill = [min(pair) for pair in zip(fill, rest)]
         if top + rows != height:
             fill[0] = 0
-        if any(fill):
+        if is_needed(*fill):
             qkv = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, fill[1], 0, fill[0]))
         if place is None:
             q, k, v = qkv.unbind(3)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,6 +68,11 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """
     height, width = x.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
+    if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
+        for dim, side, behind in ((-2, height, bottom), (-1, width, right)):
+            index = torch.arange(side + behind, device=x.device)
+            x = x.index_select(dim, torch.minimum(index, 2 * side - 2 - index))
+        return x
     if bottom >= height or right >= width:
         raise ValueError(
             f"an input of {height}x{width} cannot be reflected to a multiple of {multiple}: "
@@ -157,6 +163,33 @@ def super_resolution_cfg(results: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def build_restoration(model_cls: type, variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    """timm's `build_model_with_cfg` for a network without a classifier."""
+    """timm's `build_model_with_cfg` for a network without a classifier.
+
+    Raises:
+        ValueError: published weights of a network whose output has as many channels as its input, and
+            `in_chans` of another number: timm's rule is for the first convolution alone.
+    """
     classifier_options: Any = ("num_classes", "global_pool")
-    return build(model_cls, variant, pretrained, kwargs_filter=classifier_options, **kwargs)
+    convert = kwargs.pop("pretrained_filter_fn", None)
+
+    def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
+        weights = convert(state_dict, model) if convert else state_dict
+        channels, own = model.pretrained_cfg["input_size"][0], model.state_dict()
+        first = f"{model.pretrained_cfg['first_conv']}.weight"
+        differing = [n for n, v in weights.items() if n in own and n != first and v.shape != own[n].shape]
+        if model.in_chans != channels and differing:
+            raise ValueError(
+                f"the weights of {variant} are for {channels} channels and cannot be adapted to "
+                f"in_chans={model.in_chans}, because more than the first convolution depends on them: give "
+                f"it images of {channels} channels (gray ones repeated), or create it without pretrained"
+            )
+        return weights
+
+    return build(
+        model_cls,
+        variant,
+        pretrained,
+        kwargs_filter=classifier_options,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs,
+    )

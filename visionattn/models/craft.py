@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels.precision import at_least_float32, without_autocast
 from ..layers.bands import by_bands, fold_by_bands
-from ..layers.maps import mirror_index, on_nhwc
+from ..layers.maps import is_needed, mirror_index, on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
 from ._layout import Layout, Names, Shapes, Weights, converter, window_index, window_of, window_offsets
@@ -333,7 +333,7 @@ class CRAFT(nn.Module):
         multiple, mean = self.info.size_multiple, x.new_tensor(self.mean).view(1, -1, 1, 1)
         for dim, side in ((2, height), (3, width)):
             blocks = -(-side // multiple) if self.pad == "needed" else side // multiple + 1
-            if blocks * multiple > side:
+            if is_needed(blocks * multiple - side):
                 x = x.index_select(dim, mirror_index(side, blocks * multiple, x.device))
         x = self.forward_features((x - mean) * self.img_range)
         upscale = self.info.upscale

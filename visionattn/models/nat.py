@@ -19,6 +19,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d
+from ..layers.maps import is_needed
 from ._backbone import Backbone, CheckpointedStage
 from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter, window_index
 from ._shared import drop_path_rates
@@ -158,8 +159,9 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
-        x = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        if self.patch_size > 1:
+            bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
+            x = F.pad(x, (0, right, 0, bottom)) if is_needed(bottom, right) else x
         # Blocks work on channels-last maps; from here on no permutation copies.
         return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)))
 

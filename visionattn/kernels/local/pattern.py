@@ -156,26 +156,27 @@ class Axis:
         """The pattern written out for every pair of the given queries and keys.
 
         Args:
-            query: pixels `[nq]`.
-            key: pixels `[nk]`, negative or beyond the map for the zero keys of `key_padding`.
+            query: pixels `[..., nq]`.
+            key: pixels `[..., nk]`, negative or beyond the map for the zero keys of `key_padding`.
 
         Returns:
-            `visible` `[nq, nk]`, whether the query sees the key; `offset` `[nq, nk]`, key - query in steps;
-            `query_position` `[nq]` and `key_position` `[nq, nk]`, the places inside the block and its run of
-            keys. All but the first are meaningless where not visible.
+            `visible` `[..., nq, nk]`, whether the query sees the key; `offset` `[..., nq, nk]`, key - query
+            in steps; `query_position` `[..., nq]` and `key_position` `[..., nq, nk]`, the places inside the
+            block and its run of keys. All but the first are meaningless where not visible.
         """
-        residue, step, key_step = query % self.dilation, query // self.dilation, key // self.dilation
+        residue, step, key = query % self.dilation, query // self.dilation, key[..., None, :]
+        key_step = key // self.dilation
         begin = (step - self.shift).div(self.window, rounding_mode="floor") * self.window + self.shift
         key_begin = begin - self.before
         if self.border == "clamp":
             group_length = (self.length - 1 - residue) // self.dilation + 1
             key_begin = torch.minimum(key_begin.clamp(min=0), group_length - self.key_window)
-        key_position = key_step - key_begin[:, None]
+        key_position = key_step - key_begin[..., None]
         visible = (key_position >= 0) & (key_position < self.key_window)
-        visible = visible & (key % self.dilation == residue[:, None])
+        visible = visible & (key % self.dilation == residue[..., None])
         if self.is_causal:
-            visible = visible & (key_step <= step[:, None])
-        return visible, key_step - step[:, None], step - begin, key_position
+            visible = visible & (key_step <= step[..., None])
+        return visible, key_step - step[..., None], step - begin, key_position
 
     def key_ranges(self) -> list[tuple[int, int]]:
         """For every query of an undilated axis, the first key that it sees and the one behind the last.

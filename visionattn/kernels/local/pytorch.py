@@ -18,6 +18,7 @@ from .chunks import as_matrices, as_tiles, band_biases, bands, chunks, key_tiles
 from .pattern import Pattern
 from .pytorch_backward import local_attention_backward
 from .tiles import attention_of_tiles, by_groups, pad_keys
+from .uniform import can_be_uniform, uniform_attention
 
 
 def tiled_attention(
@@ -30,6 +31,8 @@ def tiled_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
+    if any(isinstance(side, torch.SymInt) for side in q.shape[1:3]) and can_be_uniform(pattern, bias):
+        return uniform_attention(q, k, v, pattern, bias, scale, return_lse)
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
     is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))

@@ -25,7 +25,7 @@ from .reference import bias_of_pairs
 
 # Queries of a tile made of smaller blocks, rows and columns, and up to which length one tile takes the whole
 # axis: enough for an efficient product, and the waste grows with the tile. Measured on 14x14 to 56x56.
-_TILE = (4, 8)
+TILE = (4, 8)
 _ONE_TILE = 16
 # Smaller blocks than this are joined into tiles if they share keys; from here on a block by itself is faster.
 _MIN_BLOCK = 4
@@ -129,15 +129,23 @@ def _cat_tiles(parts: list[tuple[Tensor, ...]], width: int) -> tuple[Tensor, ...
 
 def tile_runs(pattern: Pattern) -> tuple[list[Run], list[Run]]:
     """The tiles of both axes of an undilated pattern."""
-    y, x = (axis.runs(_blocks_per_tile(axis, side)) for axis, side in zip((pattern.y, pattern.x), _TILE))
+    y, x = (axis.runs(_blocks_per_tile(axis, side)) for axis, side in zip((pattern.y, pattern.x), TILE))
     return y, x
 
 
 def _blocks_per_tile(axis: Axis, side: int) -> int:
     """How many blocks of an axis are computed together."""
-    if axis.window >= _MIN_BLOCK or axis.key_window == axis.window:
-        return 1
-    return axis.num_blocks if axis.length <= _ONE_TILE else max(side // axis.window, 1)
+    joined = not _stands_alone(axis) and axis.length <= _ONE_TILE
+    return axis.num_blocks if joined else blocks_of_tile(axis, side)
+
+
+def blocks_of_tile(axis: Axis, side: int) -> int:
+    """How many blocks of a long axis are computed together, in a tile of about `side` queries."""
+    return 1 if _stands_alone(axis) else max(side // axis.window, 1)
+
+
+def _stands_alone(axis: Axis) -> bool:
+    return axis.window >= _MIN_BLOCK or axis.key_window == axis.window
 
 
 def _tiles(
@@ -232,7 +240,7 @@ def run_biases(
     for (i, y), (j, x) in product(enumerate(runs_y), enumerate(runs_x)):
         total = None
         if bias is not None and not is_dense:
-            total = _from_table(bias, pattern, y, x)
+            total = from_table(bias, pattern, y, x)
         elif bias is not None and y.blocks == x.blocks == 1:
             total = _from_block(bias, pattern, y, x)
         elif bias is not None:
@@ -253,7 +261,7 @@ def run_pixels(run: Run, axis: Axis, device: torch.device) -> tuple[Tensor, Tens
     )
 
 
-def _from_table(table: Tensor, pattern: Pattern, y: Run, x: Run) -> Tensor:
+def from_table(table: Tensor, pattern: Pattern, y: Run, x: Run) -> Tensor:
     """The bias `[heads, qy, qx, ky, kx]` of a tile; the table slides over the pairs without a gather."""
     for dim, axis, run in ((1, pattern.y, y), (2, pattern.x, x)):
         last_query = run.query.start + run.query.length - 1
