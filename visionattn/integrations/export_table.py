@@ -118,11 +118,13 @@ def read_table(path: str | Path) -> list[Row]:
     if not lines:
         return []
     named: dict[str, Format] = {format: format for format in get_args(Format)}
-    columns = [(named[head.split(", ")[0]], head.endswith("dynamic")) for head in lines[0][1:]]
+    columns: list[tuple[Format, bool]] = [
+        (named[head.split(", ")[0]], head.endswith("dynamic")) for head in lines[0][1:]
+    ]
     rows = []
     for name, *cells in lines[2:]:
         numbers = [re.fullmatch(r"no \[(\d+)\]", cell) for cell in cells]
-        results = [reasons[n.group(1)] if n else cell for n, cell in zip(numbers, cells)]
+        results: list[str] = [reasons[n.group(1)] if n else cell for n, cell in zip(numbers, cells)]
         rows.append(Row(name.strip("`"), dict(zip(columns, results))))
     return rows
 

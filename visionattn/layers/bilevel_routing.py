@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import routed_attention, topk_regions
+from .linear import Linear
 from .maps import extend_to, fill_up, on_nhwc
 
 
@@ -55,9 +56,9 @@ class BiLevelRoutingAttention(nn.Module):
         self.auto_pad = auto_pad
         # The full width, not the width of a head: the official code scales both levels so.
         self.scale = dim**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
         self.lepe = nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import neighborhood_attention, overlapping_window_attention
 from ..kernels.local.pattern import Border
+from .linear import Linear
 
 
 class _LocalAttention2d(nn.Module):
@@ -30,9 +31,9 @@ class _LocalAttention2d(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.rpb = nn.Parameter(torch.empty(num_heads, 2 * reach + 1, 2 * reach + 1, **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         trunc_normal_(self.rpb, std=0.02)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import window_attention
 from .bands import by_bands
+from .linear import Linear
 from .maps import is_needed, on_nhwc
 
 
@@ -45,9 +46,9 @@ class DynamicPositionBias(nn.Module):
         self.window_size = window_size
 
         def layer(out: int) -> nn.Sequential:
-            return nn.Sequential(nn.LayerNorm(width, **dd), nn.ReLU(), nn.Linear(width, out, **dd))
+            return nn.Sequential(nn.LayerNorm(width, **dd), nn.ReLU(), Linear(width, out, **dd))
 
-        self.pos_proj = nn.Linear(2, width, **dd)
+        self.pos_proj = Linear(2, width, **dd)
         self.pos1 = layer(width)
         self.pos2 = layer(width)
         self.pos3 = layer(num_heads)
@@ -108,9 +109,9 @@ class RectangleWindowAttention(nn.Module):
         self.windows = (split_size, (split_size[1], split_size[0]))
         self.shifted = shifted
         self.mask_shift = mask_shift
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         # The width follows the official code: a quarter of a quarter of each half's channels.
         self.position_bias = nn.ModuleList(
             DynamicPositionBias(dim // 2 // 4 // 4, num_heads // 2, window, **dd) for window in self.windows

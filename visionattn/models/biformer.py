@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ..layers import BiLevelRoutingAttention
+from ..layers.linear import Linear, Mlp, add_pixelwise
 from ..layers.maps import on_nhwc
 from ._backbone import Backbone, CheckpointedStage
 from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
@@ -50,9 +51,9 @@ class FullAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.lepe_of_values = lepe_of_values
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=False, **dd)
         self.lepe = nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
@@ -85,14 +86,18 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+        self.hidden_dim = int(mlp_ratio * dim)
+        self.mlp = Mlp(dim, self.hidden_dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
             x = x + on_nhwc(self.pos_embed, x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return add_pixelwise(x, self._feed_forward, self.hidden_dim, self.training)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Stage(CheckpointedStage):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from ..kernels.precision import at_least_float32, without_autocast
 from ..layers.bands import by_bands, fold_by_bands
+from ..layers.linear import Linear
 from ..layers.maps import mirror_index, on_nhwc
 from ._layout import Layout, Names, Shapes, Weights, converter
 from ._restoration import (
@@ -68,9 +69,9 @@ class HeadProjection(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = (qk_dim // num_heads) ** -0.5
-        self.q = nn.Linear(dim, qk_dim, bias=False, **dd) if with_queries else None
-        self.k = nn.Linear(dim, qk_dim, bias=False, **dd)
-        self.v = nn.Linear(dim, dim, bias=False, **dd)
+        self.q = Linear(dim, qk_dim, bias=False, **dd) if with_queries else None
+        self.k = Linear(dim, qk_dim, bias=False, **dd)
+        self.v = Linear(dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` to `[..., 3 (2 without queries), heads, d]`."""
@@ -98,9 +99,9 @@ class ConvMlp(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(dim, **dd)
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.fc1 = Linear(dim, hidden_dim, **dd)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 5, padding=2, groups=hidden_dim, **dd)
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.fc2 = Linear(hidden_dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
@@ -145,8 +146,8 @@ class TokenAggregation(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
         self.qkv = HeadProjection(dim, qk_dim, num_heads, **dd)
         self.centre_kv = HeadProjection(dim, qk_dim, num_heads, with_queries=False, **dd)
-        self.proj = nn.Linear(dim, dim, bias=False, **dd)
-        self.out = nn.Linear(dim, dim, bias=False, **dd)
+        self.proj = Linear(dim, dim, bias=False, **dd)
+        self.out = Linear(dim, dim, bias=False, **dd)
         self.mlp = ConvMlp(dim, hidden_dim, **dd)
 
     def forward(self, x: Tensor, centres: Tensor, initialised: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +235,7 @@ class LocalAttention(nn.Module):
         self.patch_size = patch_size
         self.norm = nn.LayerNorm(dim, **dd)
         self.qkv = HeadProjection(dim, qk_dim, num_heads, **dd)
-        self.proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.proj = Linear(dim, dim, bias=False, **dd)
         self.mlp = ConvMlp(dim, hidden_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..kernels.precision import at_least_float32, without_autocast
 from ..layers.bands import by_bands, fold_by_bands
+from ..layers.linear import Linear, Mlp
 from ..layers.maps import is_needed, mirror_index, on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
@@ -75,8 +76,8 @@ class HighFrequencyBlock(nn.Module):
         half = dim // 2
         self.conv = nn.Conv2d(half, half, 3, padding=1, **dd)
         self.pool = nn.MaxPool2d(3, stride=1, padding=1)
-        self.fc = nn.Linear(half, half, **dd)
-        self.last_fc = nn.Linear(dim, dim, **dd)
+        self.fc = Linear(half, half, **dd)
+        self.last_fc = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         def refine(x: Tensor) -> Tensor:
@@ -104,11 +105,11 @@ class ChannelAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1, **dd))
-        self.q = nn.Linear(dim, dim, bias=False, **dd)
+        self.q = Linear(dim, dim, bias=False, **dd)
         self.q_dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, bias=False, **dd)
+        self.kv = Linear(dim, 2 * dim, bias=False, **dd)
         self.kv_dwconv = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim, bias=False, **dd)
-        self.proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.proj = Linear(dim, dim, bias=False, **dd)
 
     def add_to(self, low: Tensor, high: Tensor, norm: nn.Module) -> Tensor:
         """`low + attention(norm(low), high)` of maps `[B, H, W, C]`, by bands."""
@@ -158,11 +159,11 @@ class GatedMlp(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, 2 * hidden_dim, bias=False, **dd)
+        self.fc1 = Linear(dim, 2 * hidden_dim, bias=False, **dd)
         self.dwconv = nn.Conv2d(
             2 * hidden_dim, 2 * hidden_dim, 3, padding=1, groups=2 * hidden_dim, bias=False, **dd
         )
-        self.fc2 = nn.Linear(hidden_dim, dim, bias=False, **dd)
+        self.fc2 = Linear(hidden_dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, x = on_nhwc(self.dwconv, self.fc1(x)).chunk(2, -1)

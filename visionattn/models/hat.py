@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..kernels import overlapping_window_attention, window_attention
 from ..layers.bands import by_bands
+from ..layers.linear import Linear, Mlp
 from ..layers.maps import on_nhwc
 from ._layout import Layout, Names, Shapes, Weights, converter, window_index
 from ._restoration import (
@@ -107,8 +108,8 @@ class WindowAttention(nn.Module):
         self.overlap = overlap
         side = 2 * (window_size + overlap) - 1
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_heads, side, side, **dd))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor, top: int = 0) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`; windows are counted from row `-top`."""

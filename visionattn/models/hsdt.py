@@ -18,6 +18,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..layers.bands import by_bands
+from ..layers.linear import Linear
 from ._layout import Layout, Names, Shapes, Weights, converter
 from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
 
@@ -134,9 +135,9 @@ class GuidedSpectralAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query = query
         self.self_query_rate = self_query_rate
-        self.queries = nn.Linear(dim, num_bands, **dd)
-        self.v = nn.Linear(dim, dim, bias=False, **dd)
-        self.proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.queries = Linear(dim, num_bands, **dd)
+        self.v = Linear(dim, dim, bias=False, **dd)
+        self.proj = Linear(dim, dim, bias=False, **dd)
 
     def weights(self, x: Tensor) -> Tensor:
         """The mixing matrix `[B, D, D]` for a map `[B, D, H, W, C]`."""
@@ -165,10 +166,10 @@ class SelfModulatedMlp(nn.Module):
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, 2 * dim, **dd)
+        self.fc1 = Linear(dim, 2 * dim, **dd)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(2 * dim, dim, **dd)
-        self.gated = nn.Linear(dim, 2 * dim, **dd)
+        self.fc2 = Linear(2 * dim, dim, **dd)
+        self.gated = Linear(dim, 2 * dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` to `[..., C]`."""

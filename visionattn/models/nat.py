@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d
+from ..layers.linear import Linear, Mlp, add_pixelwise
 from ..layers.maps import is_needed
 from ._backbone import Backbone, CheckpointedStage
 from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter, window_index
@@ -76,13 +77,17 @@ class Block(nn.Module):
         self.attn = NeighborhoodAttention2d(dim, num_heads, kernel_size, dilation, **dd)
         self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+        self.hidden_dim = int(mlp_ratio * dim)
+        self.mlp = Mlp(dim, self.hidden_dim, **dd)
         self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        return add_pixelwise(x, self._feed_forward, self.hidden_dim, self.training)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class ConvDownsample(nn.Module):
@@ -117,7 +122,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(4 * in_dim, **dd)
-        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
+        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         bottom, right = x.shape[1] % 2, x.shape[2] % 2

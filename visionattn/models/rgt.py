@@ -18,6 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers.bands import by_bands
+from ..layers.linear import Linear
 from ..layers.maps import on_nhwc
 from ..layers.rectangle_window import RectangleWindowAttention
 from ..layers.residual_group import ResidualGroup
@@ -79,13 +80,13 @@ class RecursiveGeneralizationAttention(nn.Module):
         self.num_heads = num_heads
         self.reduction = nn.Conv2d(dim, dim, 4, stride=4, groups=dim, **dd)
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.conv = nn.Linear(dim, reduced, **dd)
+        self.conv = Linear(dim, reduced, **dd)
         self.norm = nn.LayerNorm(reduced, **dd)
-        self.q = nn.Linear(dim, reduced, bias=qkv_bias, **dd)
-        self.k = nn.Linear(reduced, reduced, bias=qkv_bias, **dd)
-        self.v = nn.Linear(reduced, dim, bias=qkv_bias, **dd)
+        self.q = Linear(dim, reduced, bias=qkv_bias, **dd)
+        self.k = Linear(reduced, reduced, bias=qkv_bias, **dd)
+        self.v = Linear(reduced, dim, bias=qkv_bias, **dd)
         self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def add_to(self, x: Tensor, norm: nn.Module, drop_path: nn.Module) -> Tensor:
         """`x + drop_path(attention(norm(x)))` of a map `[B, H, W, C]`, by bands."""
@@ -129,10 +130,10 @@ class GatedMlp(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         half = hidden_dim // 2
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.fc1 = Linear(dim, hidden_dim, **dd)
         self.norm = nn.LayerNorm(half, **dd)
         self.conv = nn.Conv2d(half, half, 3, padding=1, groups=half, **dd)
-        self.fc2 = nn.Linear(half, dim, **dd)
+        self.fc2 = Linear(half, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""

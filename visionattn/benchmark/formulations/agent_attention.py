@@ -83,7 +83,7 @@ FORMULATION = Formulation(
     {**FUNCTIONS, "layers.AgentAttention2d.forward": agent_attention},
     (),
     "biases resized and repeated, matmul-softmax-matmul over few agents; hosts in planes, rolled windows, "
-    "stripes copied three times; linear layers by PyTorch's BLAS",
+    "stripes copied three times",
     hosts={
         CSwin: {"layers.AgentAttention2d.forward": agent_attention_cswin},
         PVT: {"layers.AgentAttention2d.forward": agent_attention_pvt},

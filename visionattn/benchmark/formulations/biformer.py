@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+import visionattn
 from visionattn.layers.bilevel_routing import BiLevelRoutingAttention
-from visionattn.layers.maps import extend_to, fill_up
+from visionattn.layers.maps import extend_to, fill_up, on_nhwc
+from visionattn.models.biformer import Block
 
 from .formulation import Formulation
 from .windows import merge, partition
@@ -79,9 +81,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor
     return out.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
 
 
+def block(self: Block, x: Tensor) -> Tensor:
+    """Three branches, the MLP on the whole map."""
+    x = x if self.pos_embed is None else x + on_nhwc(self.pos_embed, x)
+    x = x + self.drop_path(self.attn(self.norm1(x)))
+    return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
 FORMULATION = Formulation(
-    BiLevelRoutingAttention,
-    {"forward": bilevel_routing_attention},
+    visionattn,
+    {
+        "layers.bilevel_routing.BiLevelRoutingAttention.forward": bilevel_routing_attention,
+        "models.biformer.Block.forward": block,
+    },
     ((224, 224), (448, 448)),
     "gather of keys and values, copies by head, matmul-softmax-matmul",
 )

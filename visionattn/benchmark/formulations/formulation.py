@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from visionattn.layers.linear import Linear, Mlp
+
+
+def _mlp(self: Mlp, x: Tensor) -> Tensor:
+    """Layer by layer."""
+    return self.fc2(self.act(self.fc1(x)))
+
+
+# What every formulation has of PyTorch.
+_LAYERS: tuple[tuple[type[nn.Module], Callable[..., Tensor]], ...] = (
+    (Linear, nn.Linear.forward),
+    (Mlp, _mlp),
+)
+
 
 @dataclass(frozen=True)
 class Formulation:
-    """How the authors of a family write its attention.
+    """How the authors of a family write its attention; linear layers are PyTorch's.
 
     Attributes:
         module: the file, package or class in which something is replaced.
@@ -28,11 +43,11 @@ class Formulation:
     """
 
     module: ModuleType | type
-    functions: dict[str, Callable[..., Tensor]]
+    functions: dict[str, Callable[..., Any]]
     sizes: tuple[tuple[int, int], ...]
     what: str
     per_forward: tuple[Callable[[], None], ...] = ()
-    hosts: dict[type[nn.Module], dict[str, Callable[..., Tensor]]] = field(default_factory=dict)
+    hosts: dict[type[nn.Module], dict[str, Callable[..., Any]]] = field(default_factory=dict)
 
     def prepare(self, net: nn.Module) -> None:
         """Make `net` the one that stands for ours; the networks of this library are as they come."""
@@ -47,17 +62,24 @@ class Formulation:
 
         theirs = {**self.functions, **self.hosts.get(type(net), {})}
         ours = {name: attrgetter(name)(self.module) for name in theirs}
+        our_layers = [(layer, layer.forward) for layer, _ in _LAYERS]
         hook = net.register_forward_pre_hook(start_forward)
-        self._replace(theirs)
+        self._replace(theirs, _LAYERS)
         try:
             # Attention that a family leaves to PyTorch is written out in products there.
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
             hook.remove()
-            self._replace(ours)
+            self._replace(ours, our_layers)
 
-    def _replace(self, functions: dict[str, Callable[..., Tensor]]) -> None:
+    def _replace(
+        self,
+        functions: dict[str, Callable[..., Any]],
+        layers: Iterable[tuple[type[nn.Module], Callable[..., Tensor]]],
+    ) -> None:
         for name, function in functions.items():
             *owner, leaf = name.split(".")
             setattr(attrgetter(".".join(owner))(self.module) if owner else self.module, leaf, function)
+        for layer, forward in layers:
+            layer.forward = forward

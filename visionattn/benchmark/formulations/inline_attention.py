@@ -68,7 +68,7 @@ FORMULATION = Formulation(
     {**FUNCTIONS, "layers.InLineAttention2d.forward": inline_attention},
     (),
     "means subtracted at the end, kernels predicted by grouped convolutions and applied in planes; hosts in "
-    "planes, rolled windows, stripes copied three times; linear layers by PyTorch's BLAS",
+    "planes, rolled windows, stripes copied three times",
     hosts={
         CSwin: {"layers.InLineAttention2d.forward": inline_attention_cswin},
         PVT: {"layers.InLineAttention2d.forward": inline_attention_pvt},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import visionattn
 from visionattn.layers import LinearAttention2d, WindowAttention2d
@@ -10,7 +10,7 @@ from visionattn.layers.maps import fill_up
 from visionattn.models.l2vit import Downsample, L2Block, LocalConcentration, Stem
 
 from .formulation import Formulation
-from .linear_hosts import convolve_planes, embed_image, mlp
+from .linear_hosts import convolve_planes, embed_image
 from .linear_hosts import window_attention as divided_attention
 
 
@@ -61,8 +61,6 @@ def linear_attention(self: LinearAttention2d, x: Tensor) -> Tensor:
 FORMULATION = Formulation(
     visionattn,
     {
-        "layers.linear.Linear.forward": nn.Linear.forward,
-        "layers.linear.Mlp.forward": mlp,
         "models._pyramid.Pyramid._stem": embed_image,
         "models.l2vit.Stem.forward": stem,
         "models.l2vit.Downsample.forward": downsample,
@@ -72,6 +70,5 @@ FORMULATION = Formulation(
         "layers.LinearAttention2d.forward": linear_attention,
     },
     (),
-    "convolutions in planes, windows cut and put together, matmul-softmax-matmul, keys and values by heads; "
-    "linear layers by PyTorch's BLAS",
+    "convolutions in planes, windows cut and put together, matmul-softmax-matmul, keys and values by heads",
 )

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.layers import WindowAttention2d
-from visionattn.layers.linear import Mlp
 from visionattn.layers.maps import on_nhwc
 from visionattn.models._deit import SoftmaxAttention
 from visionattn.models._hosts import PatchEmbedding, PatchMerging, StripeAttention
@@ -33,11 +32,6 @@ def block(self: Block, x: Tensor, *args: Any) -> Tensor:
     """Two branches, the MLP on the whole map."""
     x = x + self.drop_path(self.attend(x, *args))
     return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def mlp(self: Mlp, x: Tensor) -> Tensor:
-    """Layer by layer."""
-    return self.fc2(self.act(self.fc1(x)))
 
 
 def embed_patches(self: PatchEmbedding, x: Tensor) -> Tensor:
@@ -171,8 +165,6 @@ def windows_of_planes(x: Tensor, window: Size) -> Tensor:
 
 
 FUNCTIONS: dict[str, Any] = {
-    "layers.linear.Linear.forward": nn.Linear.forward,
-    "layers.linear.Mlp.forward": mlp,
     "models._deit.convolve": on_nhwc,
     "models._deit.SoftmaxAttention.forward": softmax_attention,
     "models._pyramid.Block.forward": block,
