@@ -76,11 +76,11 @@ def page(rows: Sequence[Comparison]) -> Page:
             "authors' memory",
             "difference",
         ),
-        "Both run in one process and in turn, in the same network with the same weights; linear layers of the "
-        "authors' formulation are PyTorch's own. Time: median, ± the difference of the quartiles. Ratio: time of "
-        "the authors' formulation divided by ours. Memory: the most that PyTorch allocates at one time during "
-        "the pass, weights and input not counted. Difference: largest difference of the outputs, relative to "
-        "the largest output.",
+        "Both run in one process and in turn, in the same network with the same weights; linear layers of "
+        "the authors' formulation are PyTorch's own. Time: median, ± the difference of the quartiles. "
+        "Ratio: time of the authors' formulation divided by ours. Memory: the most that PyTorch allocates "
+        "at one time during the pass, weights and input not counted. Difference: largest difference of the "
+        "outputs, relative to the largest output.",
         [f"{name}: {what}" for name, what in sorted({(row.network, row.formulation) for row in rows})],
     )
 
