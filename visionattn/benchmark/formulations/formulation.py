@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from types import ModuleType
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -27,7 +28,7 @@ class Formulation:
     """
 
     module: ModuleType | type
-    functions: dict[str, Callable[..., Tensor]]
+    functions: dict[str, Callable[..., Any]]
     sizes: tuple[tuple[int, int], ...]
     what: str
     per_forward: tuple[Callable[[], None], ...] = ()
@@ -54,7 +55,7 @@ class Formulation:
             hook.remove()
             self._replace(ours)
 
-    def _replace(self, functions: dict[str, Callable[..., Tensor]]) -> None:
+    def _replace(self, functions: dict[str, Callable[..., Any]]) -> None:
         for name, function in functions.items():
             *owner, leaf = name.split(".")
             setattr(attrgetter(".".join(owner))(self.module) if owner else self.module, leaf, function)
