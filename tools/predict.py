@@ -10,7 +10,7 @@ from visionattn.engine.cli import run_command
 EXAMPLE = """examples:
   python tools/predict.py runs/biformer_digits IMAGE.png --top 3
   python tools/predict.py runs/hat_photographs_x2 FOLDER --output enlarged
-  python tools/predict.py runs/biformer_scenes FOLDER --output found
+  python tools/predict.py runs/biformer_upernet_scenes FOLDER --output found
   python tools/predict.py biformer_tiny FOLDER --checkpoint biformer_tiny_best.pth
 """
 

@@ -9,7 +9,7 @@ EXAMPLE = """examples:
   python tools/train.py configs/classification/biformer_digits.yaml
   python tools/train.py configs/classification/biformer_digits.yaml train.batch_size=16 optimizer.lr=5e-4
   python tools/train.py configs/classification/biformer_digits.yaml resume=auto
-  python tools/train.py configs/detection/biformer_scenes.yaml
+  python tools/train.py configs/detection/biformer_mask_rcnn_scenes.yaml
   torchrun --nproc-per-node 8 tools/train.py configs/classification/biformer_tiny_imagenet.yaml data.root=DIR
   torchrun --nproc-per-node 8 tools/train.py CONFIG train.parallel=fsdp
   sbatch tools/slurm.sbatch CONFIG

@@ -101,6 +101,32 @@ def test_a_scene_depends_on_split_index_and_seed_alone():
     assert all(not np.array_equal(first.image, other.image) for other in others)
 
 
+def test_crowd_and_variety_change_training_scenes_alone():
+    changed = SceneOptions(crowd=(7, 9), variety=1.0)
+    for index in range(8):
+        held_out, again = make_scene("validation", index), make_scene("validation", index, changed)
+        assert np.array_equal(held_out.image, again.image)
+        assert np.array_equal(held_out.masks, again.masks)
+    drawn = [make_scene("train", index, changed) for index in range(20)]
+    assert max(len(scene.digits) for scene in drawn) == 9
+    assert np.mean([len(scene.digits) for scene in drawn]) > 6  # some find no place
+    assert len({scene.image.shape for scene in drawn}) == 3
+    greenest = {
+        share: max(
+            _tint(make_scene("train", index, SceneOptions(objects=(1, 1), variety=share)).image)
+            for index in range(40)
+        )
+        for share in (0.0, 1.0)
+    }
+    assert greenest[1.0] > 2 * greenest[0.0]  # the photographs have little green
+
+
+def _tint(image: np.ndarray) -> float:
+    """How much greener than the mean of red and blue."""
+    red, green, blue = image.reshape(-1, 3).mean(0)
+    return green - (red + blue) / 2
+
+
 def test_the_folder_is_written_once_and_nothing_else_is_taken_for_it(folder: Path, tmp_path: Path):
     before = (folder / "dataset.json").stat().st_mtime_ns
     assert scenes_folder(folder, FEW) == folder

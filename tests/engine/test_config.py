@@ -39,6 +39,12 @@ def test_defaults_and_overrides(base: Path) -> None:
     assert config.run_folder == Path("runs/base")
 
 
+def test_no_two_configurations_share_a_run_folder() -> None:
+    names = [path.stem for path in (Path(__file__).parents[2] / "configs").glob("*/*.yaml")]
+    assert len(names) > 50
+    assert sorted(names) == sorted(set(names))
+
+
 def test_bases_merge_deeply_and_in_order(base: Path, tmp_path: Path) -> None:
     (tmp_path / "second.yaml").write_text("model: {kwargs: {a: 1, b: 1}}\ntrain: {seed: 1}\n")
     inner = tmp_path / "inner"

@@ -16,8 +16,10 @@ import torch
 from processes import Started
 from safetensors.torch import load_file
 from test_loop import rows
+from torch import nn
 
 from visionattn import tasks
+from visionattn.data import scenes
 from visionattn.data.images import to_pil
 from visionattn.engine import sharding
 from visionattn.engine.config import parse_config
@@ -26,6 +28,7 @@ from visionattn.engine.run_folder import read_state
 from visionattn.engine.state import TrainingState
 
 Work = Callable[[], Any]
+KINDS = ("classification", "restoration", "detection", "segmentation")
 
 
 def launch(work: Work, count: int = 2) -> list[Started]:
@@ -75,16 +78,35 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _imported(tmp_path_factory: pytest.TempPathFactory, images: dict[str, Any]) -> None:
+def _imported(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> None:
     """A step of each task in this process, so that the forked ones need not import what it takes."""
-    for kind in ("classification", "restoration"):
+    for kind in KINDS:
         train(
-            make(settings(kind, images), tmp_path_factory.mktemp("first"), accumulate=1),
+            make(settings(kind, data), tmp_path_factory.mktemp("first"), accumulate=1),
         )
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The section of the data of each task."""
+    return {
+        "classification": {"source": "digits", "image_size": 32},
+        "restoration": _images(tmp_path_factory),
+        **_scenes(tmp_path_factory),
+    }
+
+
+def _scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Scenes of one size: images of several are filled up to the largest of their batch."""
+    few = {"train": 16, "validation": 5}
+    root = tmp_path_factory.mktemp("scenes") / "scenes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "_SHAPES", ((128, 128),))
+        scenes.scenes_folder(root, scenes.SceneOptions(**few))
+    return {kind: {"root": str(root), "scenes": few} for kind in ("detection", "segmentation")}
+
+
+def _images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Five images of different sizes to judge, three to train on."""
     folder, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
     for split, count in (("train", 3), ("eval", 5)):
@@ -102,7 +124,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def settings(kind: str, images: dict[str, Any]) -> dict[str, Any]:
+def settings(kind: str, data: dict[str, Any]) -> dict[str, Any]:
     """A few steps of a real task without randomness inside the network."""
     common = {
         "optimizer": {"name": "momentum", "lr": 0.02, "weight_decay": 0.01},
@@ -117,21 +139,34 @@ def settings(kind: str, images: dict[str, Any]) -> dict[str, Any]:
         "accumulate": 2,
         "clip_grad": 1.0,
     }
-    if kind == "classification":
-        return {
-            "task": kind,
-            "model": {"name": "test_vit", "kwargs": {"img_size": 32}},
-            "data": {"source": "digits", "image_size": 32},
-            **common,
-            "train": {**train, "batch_size": 8},
-        }
     kwargs = {"embed_dim": 12, "depths": [1], "num_heads": 2, "window_size": 8, "compress_ratio": 3}
+    of_hat = {**kwargs, "squeeze_factor": 6, "drop_path_rate": 0.0}
+    nat = {
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 2, 4],
+        "kernel_size": 3,
+        "mlp_ratio": 1,
+    }
+    backbone = {"name": "nat_mini", "kwargs": {**nat, "drop_path_rate": 0.0}}
+    of_task: dict[str, Any] = {
+        "classification": {"model": {"name": "test_vit", "kwargs": {"img_size": 32}}},
+        "restoration": {"model": {"name": "hat_s_x2", "kwargs": of_hat}},
+        # Neither samples at random nor weighs images by what else is in the batch.
+        "detection": {"model": backbone, "detector": {"name": "retinanet", "fpn_channels": 16}},
+        "segmentation": {
+            "model": backbone,
+            "augment": {"crop_size": 64, "scale": [0.8, 1.2]},
+            "segmenter": {"channels": 16, "auxiliary_channels": 8},
+        },
+    }
+    batch_size = 8 if kind == "classification" else 4
     return {
         "task": kind,
-        "model": {"name": "hat_s_x2", "kwargs": {**kwargs, "squeeze_factor": 6, "drop_path_rate": 0.0}},
-        "data": images,
+        "data": data[kind],
+        **of_task[kind],
         **common,
-        "train": {**train, "batch_size": 4},
+        "train": {**train, "batch_size": batch_size},
     }
 
 
@@ -140,12 +175,25 @@ def make(content: dict[str, Any], folder: Path, processes: int = 1, **options: A
     options = {"batch_size": content["train"]["batch_size"] // processes, **options}
     resume = options.pop("resume", None)
     content = {**content, "output": str(folder), "resume": resume, "train": {**content["train"], **options}}
-    return tasks.create_task(parse_config(content, tasks.config_class(content)))
+    task = tasks.create_task(parse_config(content, tasks.config_class(content)))
+    _make_independent(task.model)
+    return task
 
 
-@pytest.mark.parametrize("kind", ["classification", "restoration"])
-def test_two_processes_equal_one(kind: str, images: dict[str, Any], tmp_path: Path) -> None:
-    content = settings(kind, images)
+def _make_independent(network: nn.Module) -> None:
+    """Replace what depends on chance or on the whole batch, of which every process has a part."""
+    for name, module in network.named_children():
+        if isinstance(module, nn.BatchNorm2d):
+            setattr(network, name, nn.GroupNorm(1, module.num_features))
+        elif isinstance(module, nn.Dropout2d):
+            setattr(network, name, nn.Identity())
+        else:
+            _make_independent(module)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(kind: str, data: dict[str, Any], tmp_path: Path) -> None:
+    content = settings(kind, data)
     together(lambda: train(make(content, tmp_path / "one")), 1)
     for parallel in ("ddp", "fsdp"):
         together(lambda: train(make(content, tmp_path / parallel, 2, parallel=parallel)))  # noqa: B023
@@ -177,9 +225,9 @@ def stopping(step: int, work: Work) -> Work:
     ],
 )
 def test_a_run_continues_in_another_form(
-    first: tuple[int, str], second: tuple[int, str], images: dict[str, Any], tmp_path: Path
+    first: tuple[int, str], second: tuple[int, str], data: dict[str, Any], tmp_path: Path
 ) -> None:
-    content = settings("classification", images)
+    content = settings("classification", data)
     together(lambda: train(make(content, tmp_path / "whole")), 1)
     folder = tmp_path / "run"
     stopped = together(
@@ -191,8 +239,8 @@ def test_a_run_continues_in_another_form(
     assert_equal_runs(folder, tmp_path / "whole")
 
 
-def test_sharded_runs_resume_bit_for_bit(images: dict[str, Any], tmp_path: Path) -> None:
-    content = settings("classification", images)
+def test_sharded_runs_resume_bit_for_bit(data: dict[str, Any], tmp_path: Path) -> None:
+    content = settings("classification", data)
     options = {"parallel": "fsdp", "amp": "bf16", "accumulate": 1, "eval_every": None}
     together(lambda: train(make(content, tmp_path / "whole", 2, **options)))
     together(stopping(3, lambda: train(make(content, tmp_path / "run", 2, **options))))
@@ -206,7 +254,7 @@ def test_sharded_runs_resume_bit_for_bit(images: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_only_the_first_process_writes(parallel: str, images: dict[str, Any], tmp_path: Path) -> None:
+def test_only_the_first_process_writes(parallel: str, data: dict[str, Any], tmp_path: Path) -> None:
     def watched() -> Any:
         def watch(event: str, arguments: tuple[Any, ...]) -> None:
             writes = event in ("os.rename", "os.mkdir", "os.remove") or (
@@ -216,7 +264,7 @@ def test_only_the_first_process_writes(parallel: str, images: dict[str, Any], tm
                 print("WROTE", event, arguments, file=sys.stderr)
 
         sys.addaudithook(watch)
-        return train(make(settings("classification", images), tmp_path / "run", 2, parallel=parallel))
+        return train(make(settings("classification", data), tmp_path / "run", 2, parallel=parallel))
 
     first, second = together(watched)
     assert "WROTE" in first.said
@@ -226,7 +274,7 @@ def test_only_the_first_process_writes(parallel: str, images: dict[str, Any], tm
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_the_loss_of_a_process_ends_the_run(
-    parallel: str, how: str, images: dict[str, Any], tmp_path: Path
+    parallel: str, how: str, data: dict[str, Any], tmp_path: Path
 ) -> None:
     """Killed or hanging, the others say so and end."""
     timeout = 3
@@ -240,7 +288,7 @@ def test_the_loss_of_a_process_ends_the_run(
                 os.kill(os.getpid(), getattr(signal, how))
 
         TrainingState.add = add  # type: ignore[method-assign]
-        content = settings("classification", images)
+        content = settings("classification", data)
         return train(make(content, tmp_path / "run", 2, parallel=parallel, timeout=timeout))
 
     first, second = launch(work)
@@ -256,10 +304,10 @@ def test_the_loss_of_a_process_ends_the_run(
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("kind", ["classification", "restoration"])
-def test_evaluation_is_shared_out(kind: str, count: int, images: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_shared_out(kind: str, count: int, data: dict[str, Any], tmp_path: Path) -> None:
     """The same metrics on every process, of a number of samples that the processes do not divide."""
-    content = settings(kind, images)
+    content = settings(kind, data)
 
     def judge() -> None:
         metrics = evaluate(make(content, tmp_path / "unused"))

@@ -55,6 +55,9 @@ class SceneOptions:
         turn: largest angle in degrees.
         contrast: smallest and largest difference in luma, of 255, between a digit and what it covers.
         visible: share of its pixels that every digit keeps when others are laid over it.
+        crowd: fewest and most digits in a training scene, if other than in held-out ones.
+        variety: share of the training scenes whose photograph is enlarged further, turned by right angles and
+            coloured anew, because there are few photographs.
         seed: another seed gives other scenes.
     """
 
@@ -65,6 +68,8 @@ class SceneOptions:
     turn: float = 20.0
     contrast: tuple[float, float] = (70.0, 160.0)
     visible: float = 0.6
+    crowd: tuple[int, int] | None = None
+    variety: float = 0.0
     seed: int = 0
 
 
@@ -92,11 +97,14 @@ def make_scene(split: Split, index: int, options: SceneOptions | None = None) ->
     random = np.random.default_rng((options.seed, _SPLITS.index(split), index))
     height, width = _SHAPES[random.integers(len(_SHAPES))]
     pieces, labels, photographs = _sources(split)
-    image = _background(photographs[random.integers(len(photographs))], height, width, random)
+    photograph = photographs[random.integers(len(photographs))]
+    varied = split == "train" and options.variety > 0 and random.random() < options.variety
+    image = (_varied_background if varied else _background)(photograph, height, width, random)
     digits: list[int] = []
     areas: list[int] = []
     masks: list[np.ndarray] = []
-    wanted = int(random.integers(options.objects[0], options.objects[1] + 1))
+    fewest, most = options.crowd if split == "train" and options.crowd else options.objects
+    wanted = int(random.integers(fewest, most + 1))
     # A place may hide too much of what lies below: further tries find others.
     for _ in range(10 * wanted):
         if len(digits) == wanted:
@@ -207,16 +215,39 @@ def _sources(split: Split) -> tuple[np.ndarray, np.ndarray, list[Image.Image]]:
     return digits.images, digits.labels, [open_image(file) for file in photograph_files(split).values()]
 
 
-def _background(photograph: Image.Image, height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """A part of a photograph at a random scale, perhaps mirrored: float32 `[H, W, 3]`."""
+def _background(
+    photograph: Image.Image, height: int, width: int, random: np.random.Generator, smallest: float = 1.0
+) -> np.ndarray:
+    """A part of a photograph at a random scale, perhaps mirrored: float32 `[H, W, 3]`.
+
+    The scale is of its pixels to those of the scene, at least `smallest`.
+    """
     largest = min(photograph.width / width, photograph.height / height)
-    scale = random.uniform(min(1.0, largest), largest)
+    scale = random.uniform(min(smallest, largest), largest)
     x = random.uniform(0, photograph.width - scale * width)
     y = random.uniform(0, photograph.height - scale * height)
     box = (x, y, x + scale * width, y + scale * height)
     part = photograph.resize((width, height), Image.Resampling.BICUBIC, box=box)
     pixels = np.asarray(part, dtype=np.float32)
     return (pixels[:, ::-1] if random.random() < 0.5 else pixels).copy()
+
+
+def _varied_background(
+    photograph: Image.Image, height: int, width: int, random: np.random.Generator
+) -> np.ndarray:
+    """The same, at larger scales too, upside down or on its side, in other colours."""
+    turned = random.random() < 0.5
+    sides = (width, height) if turned else (height, width)
+    pixels = _background(photograph, *sides, random, smallest=0.2)
+    pixels = pixels.transpose(1, 0, 2) if turned else pixels
+    pixels = pixels[::-1] if random.random() < 0.5 else pixels
+    # A random mixture of the channels with the sum of a grey image in each, then other brightness.
+    mixture = random.dirichlet((0.5, 0.5, 0.5), 3).astype(np.float32)
+    pixels = pixels @ mixture.T
+    if random.random() < 0.3:
+        pixels = 255 - pixels
+    gain, gamma = random.uniform(0.6, 1.0, 3), random.uniform(0.6, 1.6)
+    return (255 * gain * (pixels.clip(0, 255) / 255) ** gamma).astype(np.float32)
 
 
 def _ink(piece: np.ndarray, options: SceneOptions, random: np.random.Generator) -> np.ndarray:
