@@ -254,9 +254,9 @@ class SegmentationTask(Task):
         total = F.cross_entropy(
             logits.float(), classes, self.class_weights, ignore_index=IGNORED, reduction="sum"
         )
-        known = classes[classes != IGNORED]
-        weights = known.new_ones(()) if self.class_weights is None else self.class_weights[known]
-        return total / weights.expand(known.shape).sum().float().clamp(min=1e-6)
+        known = classes != IGNORED
+        weight = known.sum() if self.class_weights is None else self.class_weights[classes[known]].sum()
+        return total / weight.clamp(min=1e-6)
 
     def _normalize(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) / self.std
