@@ -98,12 +98,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def _scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Scenes of one size: images of several are filled up to the largest of their batch."""
-    few = {"train": 16, "validation": 5}
+    few = scenes.SceneOptions(train=16, validation=5)
     root = tmp_path_factory.mktemp("scenes") / "scenes"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "_SHAPES", ((128, 128),))
-        scenes.scenes_folder(root, scenes.SceneOptions(**few))
-    return {kind: {"root": str(root), "scenes": few} for kind in ("detection", "segmentation")}
+        scenes.scenes_folder(root, few)
+    section = {"root": str(root), "scenes": {"train": few.train, "validation": few.validation}}
+    return dict.fromkeys(("detection", "segmentation"), section)
 
 
 def _images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
