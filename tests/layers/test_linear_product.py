@@ -107,6 +107,21 @@ def test_backward_passes_use_onednn():
     assert layer.weight.grad.is_contiguous()
 
 
+@needs_onednn
+def test_onednn_gets_matrices_and_transposed_matrices(monkeypatch: pytest.MonkeyPatch):
+    operator, weights = module._ONEDNN, []
+
+    def recorded(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        weights.append(weight)
+        return operator(x, weight, *args)
+
+    monkeypatch.setattr(module, "_ONEDNN", recorded)
+    layer, x = Linear(24, 40), torch.randn(6, 48)[:, 24:]
+    layer(x).sum().backward()
+    assert len(weights) == 2
+    assert all(w.is_contiguous() or w.t().is_contiguous() for w in weights)
+
+
 def test_several_gradients_at_once():
     layer, x = layer_and_input()
     x = x[0, 0].requires_grad_()

@@ -97,8 +97,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         out: Tensor = _Product.apply(x, weight, bias)
     else:
-        return _ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "none")
+        return _multiply(x, weight, bias, gelu)
     return F.gelu(out) if gelu else out
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    # For strides of other weights than matrices and transposed matrices, oneDNN has no fast kernel.
+    dense = weight.is_contiguous() or weight.t().is_contiguous()
+    return _ONEDNN(x, weight if dense else weight.contiguous(), bias, "gelu" if gelu else "none", [], "none")
 
 
 def _is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -111,7 +117,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _ONEDNN(x, weight, bias, "none", [], "")
+        return _multiply(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -124,7 +130,7 @@ class _Product(torch.autograd.Function):
         grad_x = linear(grad, weight.t(), None) if with_x else None
         grad_weight = grad_bias = None
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        if with_weight and weight.shape[0] > weight.shape[1]:  # the first factor is copied: the narrow one
+        if with_weight and grads.numel() > rows.numel() + weight.numel():  # whichever copies fewer numbers
             grad_weight = linear(rows.t(), grads.t(), None).t().contiguous()
         elif with_weight:
             grad_weight = linear(grads.t(), rows.t(), None)
