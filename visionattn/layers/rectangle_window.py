@@ -161,7 +161,9 @@ class RectangleWindowAttention(nn.Module):
         rows, width = qkv.shape[1:3]
         top, height = place or (0, rows)
         shift = (window[0] // 2, window[1] // 2) if self.shifted else (0, 0)
-        fill = [-side % max(window) for side in (height, width)]
+        # Not `-side % longer`: where sizes vary, the expression of the sum stays short this way.
+        longer = max(window)
+        fill = [-(-side // longer) * longer - side for side in (height, width)]
         if self.mask_shift and not isinstance(fill[0], torch.SymInt):
             # Windows that would hold nothing but zeros are left out; a torus needs its full size.
             rest = [(s - side) % w for side, w, s in zip((height, width), window, shift)]

@@ -69,8 +69,8 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     height, width = x.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
     if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
-        for dim, side, behind in ((-2, height, bottom), (-1, width, right)):
-            index = torch.arange(side + behind, device=x.device)
+        for dim, side in ((-2, height), (-1, width)):
+            index = torch.arange(-(-side // multiple) * multiple, device=x.device)
             x = x.index_select(dim, torch.minimum(index, 2 * side - 2 - index))
         return x
     if bottom >= height or right >= width:
