@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels import agent_attention
 from ..kernels.checks import pair
 from .linear import Linear
-from .maps import add_to_map, as_tokens, on_nhwc
+from .maps import add_to_map, as_tokens, is_known_to_be, on_nhwc
 
 # Biases that are kept between calls, in numbers per layer: all of them up to 512 x 512 images. Those of
 # larger maps would hold more memory than the features.
@@ -152,4 +152,4 @@ class AgentAttention2d(nn.Module):
 
 
 def _resize(table: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
-    return table if table.shape[2:] == size else F.interpolate(table, size=size, mode=mode)
+    return table if is_known_to_be(size, table.shape[2:]) else F.interpolate(table, size=size, mode=mode)

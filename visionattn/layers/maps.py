@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,3 +61,8 @@ def mirror_index(size: int, length: int, device: torch.device) -> Tensor:
     """Indices `[length]`: 0 .. `size - 1`, then back, then forth, as often as needed; ends are repeated."""
     index = torch.arange(length, device=device) % (2 * size)
     return torch.minimum(index, 2 * size - 1 - index)
+
+
+def is_known_to_be(size: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two sizes are equal; not while sizes vary, so that a program is not for the equal ones only."""
+    return not any(isinstance(side, torch.SymInt) for side in size) and tuple(size) == tuple(other)

@@ -21,7 +21,7 @@ from ..kernels import window_attention
 from ..kernels.checks import pair
 from ..layers import WindowAttention2d
 from ..layers.linear import Linear
-from ..layers.maps import fill_up, on_nhwc
+from ..layers.maps import fill_up, is_known_to_be, on_nhwc
 from ._layout import (
     CLASSIFIER,
     Layout,
@@ -386,7 +386,7 @@ class CSwin(Pyramid):
 def resize_tokens(tokens: Tensor, size: Size, new_size: Size, mode: str) -> Tensor:
     """Position embeddings `[1, H * W, C]` as a map `[1, H', W', C]` of another size."""
     grid = tokens.unflatten(1, size)
-    if size == new_size:
+    if is_known_to_be(new_size, size):
         return grid
     return F.interpolate(grid.permute(0, 3, 1, 2), size=new_size, mode=mode).permute(0, 2, 3, 1)
 
