@@ -202,8 +202,8 @@ def _compare(
     # A file for two sizes would be no dynamic one.
     if len(trace.wanted) > 1 and all(shape in refused for shape in list(trace.wanted)[1:3]):
         raise ExportError(
-            f"the program refuses all larger sizes than {_named(first)}, because the network takes another way "
-            "there: export it at a larger size"
+            f"the program refuses all larger sizes than {_named(first)}, because the network takes another "
+            "way there: export it at a larger size"
         )
     return tuple(refused), largest
 
