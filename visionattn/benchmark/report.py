@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -49,6 +50,7 @@ def conditions(device: torch.device) -> dict[str, str]:
         "machine": _machine(device),
         "threads": str(torch.get_num_threads()),
         "clock": clock_name(device),
+        "pages": "large" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "as Linux hands them out",
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("visionattn", "torch", "timm"))
         + f", Python {platform.python_version()}",

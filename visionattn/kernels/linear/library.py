@@ -47,6 +47,13 @@ def agent_attention(
     return out.unflatten(1, size)
 
 
+def refuses_agents(q: Tensor, *args: Any) -> str | None:
+    """`refuses` for `agent_attention`."""
+    if q.dtype == torch.float32 and q.shape[-1] > 128:
+        return "in float32 the fused kernels hold 128 channels of a head in registers"
+    return refuses(q, *args)
+
+
 def refuses(q: Tensor, *args: Any) -> str | None:
     """Why the fused kernels cannot take these arguments, or None where they can."""
     if q.dtype not in _DTYPES:

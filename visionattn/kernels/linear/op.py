@@ -29,7 +29,7 @@ AGENT_ATTENTION = Operator(
     reference.agent_attention,
     pytorch.agent_attention,
     library.agent_attention,
-    library.refuses,
+    library.refuses_agents,
 )
 
 

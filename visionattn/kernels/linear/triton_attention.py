@@ -438,11 +438,14 @@ def geometry(q: Tensor, k: Tensor, bias: Tensor | None) -> dict[str, Any]:
     }
 
 
-def launch_options(x: Tensor, backward: bool = False, **kwargs: Any) -> dict[str, Any]:
+def launch_options(
+    x: Tensor, backward: bool = False, hip: bool = torch.version.hip is not None
+) -> dict[str, Any]:
     """Tiles, warps and precision for programs that own rows of `[B, rows, heads, d]`."""
-    options = routed.launch_options(x[:, None], (1, x.shape[1]), backward, **kwargs)
+    options = routed.launch_options(x[:, None], (1, x.shape[1]), backward, hip=hip)
     # A tile of the bias and its pointers take the registers of a wider tile of keys.
-    return {**options, "BLOCK_K": 32}
+    options["BLOCK_K"] = 32
+    return {**options, "BLOCK_Q": 16, "num_warps": 8} if options["BLOCK_D"] > 128 and not hip else options
 
 
 def num_programs(x: Tensor, tile: int) -> int:

@@ -310,6 +310,8 @@ def launch_options(x: Tensor, kernel: Literal["sum", "apply"], exact: bool | Non
         "num_stages": 1 if exact or dim > 64 else 2,
     }
     if kernel == "sum":
-        return {**options, "BLOCK_D": min(dim, 64), "BLOCK_N": 64, "num_warps": 4}
+        # Products in float32 do not run on matrix units and take registers for their operands.
+        rows, warps = (32, 8) if x.dtype == torch.float32 else (64, 4)
+        return {**options, "BLOCK_D": min(dim, 64), "BLOCK_N": rows, "num_warps": warps}
     rows = 64 if dim <= 64 else 32
     return {**options, "BLOCK_D": dim, "BLOCK_N": rows, "BLOCK_I": min(dim, 32), "num_warps": 4}
