@@ -22,3 +22,5 @@ model = dict(
     auxiliary_head=dict(in_channels=96, channels=48, num_classes=11, norm_cfg=_norm),
 )
 default_hooks = dict(checkpoint=dict(interval=100))
+# With AdamW everything is background for longer than this training lasts.
+optim_wrapper = dict(optimizer=dict(_delete_=True, type="timm.optim.Muon", lr=1e-2, weight_decay=0.01))
