@@ -445,7 +445,7 @@ def launch_options(
     options = routed.launch_options(x[:, None], (1, x.shape[1]), backward, hip=hip)
     # A tile of the bias and its pointers take the registers of a wider tile of keys.
     options["BLOCK_K"] = 32
-    return {**options, "BLOCK_Q": 16, "num_warps": 8} if options["BLOCK_D"] > 128 and not hip else options
+    return {**options, "BLOCK_Q": 16} if options["BLOCK_D"] > 128 and not hip else options
 
 
 def num_programs(x: Tensor, tile: int) -> int:

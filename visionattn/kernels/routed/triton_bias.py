@@ -146,7 +146,7 @@ def bias_launch_options(q: Tensor, is_table: bool) -> dict[str, object]:
     """Tiles, warps and precision of `bias_kernel` for these shapes."""
     dim = padded_head_dim(q)
     single = q.dtype == torch.float32
-    widest = 32 if dim > 64 or single else 64
+    widest = 16 if dim > 128 else 32 if dim > 64 or single else 64
     return {
         "IS_TABLE": is_table,
         "HEAD_DIM": q.shape[4],

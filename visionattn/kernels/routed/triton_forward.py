@@ -207,7 +207,9 @@ def launch_options(
     # Products in float32 do not run on matrix units and take registers for their operands.
     widest = 32 if dim > 128 or single else 64
     own = min(max(16, triton.next_power_of_2(region[0] * region[1])), widest)
-    if own < 64:
+    if dim > 128 and not hip:
+        warps = 8
+    elif own < 64:
         warps = 4 if dim > 64 or single else 2
     else:
         warps = 4 if hip or dim <= (32 if backward else 64) else 8
