@@ -2,6 +2,8 @@
 
 python tools/openmmlab.py scenes data/scenes
 python tools/openmmlab.py train configs/openmmlab/scenes/mask_rcnn_biformer.py --torchvision-operators
+
+Result: box mAP50 0.232, mask mAP50 0.174 after 600 updates.
 """
 
 _base_ = [

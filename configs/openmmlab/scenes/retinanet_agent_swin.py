@@ -2,6 +2,8 @@
 
 python tools/openmmlab.py scenes data/scenes
 python tools/openmmlab.py train configs/openmmlab/scenes/retinanet_agent_swin.py --torchvision-operators
+
+Result: box mAP50 0.089 after 600 updates.
 """
 
 _base_ = [

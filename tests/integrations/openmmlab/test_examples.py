@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-# About two thirds of what the configurations reach; untrained detectors reach 0.00.
+# About two thirds of what the configurations reach. Untrained detectors reach 0.00, and a segmenter to which
+# everything is background 8.12.
 EXAMPLES = {
     "mask_rcnn_biformer": ["bbox_mAP_50>=0.15", "segm_mAP_50>=0.1"],
     "retinanet_agent_swin": ["bbox_mAP_50>=0.05"],
-    "upernet_biformer": ["mIoU>=40"],
-    "semantic_fpn_agent_swin": ["mIoU>=40"],
+    "upernet_biformer": ["mIoU>=11"],
+    "semantic_fpn_agent_swin": ["mIoU>=13"],
 }
 
 
