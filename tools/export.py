@@ -57,15 +57,18 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    from visionattn.engine.errors import as_input_error
+    from visionattn.engine.errors import InputError, as_input_error
     from visionattn.engine.network import check_network_name
-    from visionattn.integrations.export_table import NETWORKS, read_table, try_exports, write_table
+    from visionattn.integrations.export_table import FORMATS, NETWORKS, read_table, try_exports, write_table
 
     for name in arguments.networks:
         check_network_name(name)
     rows = read_table(arguments.table) if arguments.networks else []
+    formats = [arguments.format] if arguments.format else list(FORMATS)
+    if any({format for format, _ in row.results} != set(formats) for row in rows):
+        raise InputError(f"{arguments.table} is a table of other formats than {', '.join(formats)}")
     with as_input_error("cannot make the table", ValueError, RuntimeError):
-        for row in try_exports(arguments.networks or NETWORKS):
+        for row in try_exports(arguments.networks or NETWORKS, formats):
             rows.append(row)
             write_table(rows, arguments.table)
             print(row.network, file=sys.stderr)

@@ -28,7 +28,7 @@ UNFOLDED = 9 * 20480 * 4
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A network and an image with rows enough for several bands, and sides that nothing divides."""
     net = small(name).eval()
-    return net, torch.rand(1, net.info.channels, 107, 19, generator=torch.Generator().manual_seed(0))
+    return net, torch.rand(1, net.info.channels, 163, 19, generator=torch.Generator().manual_seed(0))
 
 
 def smallest_budget(net: nn.Module, image: torch.Tensor) -> int:

@@ -116,10 +116,10 @@ def test_choice_of_a_fused_implementation(monkeypatch: pytest.MonkeyPatch):
     operator = Operator("toy", plain, plain, triton=plain, triton_refuses=refuses)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("visionattn.kernels.dispatch.find_spec", lambda name: None)
-    assert choose(operator, Q) == ("torch", "not triton: Triton is not installed")
-    monkeypatch.setattr("visionattn.kernels.dispatch.find_spec", lambda name: object())
     assert choose(operator, Q) == ("torch", "not triton: the tensors are on cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(operator, Q) == ("torch", "not triton: Triton is not installed")
+    monkeypatch.setattr("visionattn.kernels.dispatch.find_spec", lambda name: object())
     assert choose(operator, Q) == ("triton", "fused kernel available")
     assert choose(operator, Q[..., :3]) == ("torch", "not triton: head_dim is odd")
     with use_backend("triton"), pytest.raises(ValueError, match="toy cannot run on triton: head_dim is odd"):

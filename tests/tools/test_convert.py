@@ -92,7 +92,10 @@ def test_export(run_tool: Run, checkpoint: Path, tmp_path: Path):
 
 def test_the_table_of_exports(run_tool: Run, tmp_path: Path):
     table = tmp_path / "export.md"
-    given = ["--table", str(table), "--networks", "cfsr_x2", "--formats", "program"]
-    assert run_tool("export.py", *given)[0] == 0
+    given = ["--table", str(table), "--networks", "cfsr_x2"]
+    assert run_tool("export.py", *given, "--format", "program")[0] == 0
     assert "| `cfsr_x2` | yes | yes |" in table.read_text()
     assert run_tool("export.py", "--table", str(table), "--networks", "cfsr_x9")[0] == 2
+    status, _, errors = run_tool("export.py", *given, "--format", "onnx")
+    assert status == 2
+    assert "other formats" in errors

@@ -154,9 +154,13 @@ def make(
     return [x.detach().requires_grad_() for x in tensors]
 
 
-def run(backend: str, pattern: Pattern, tensors: list[Tensor], scale: float = 0.4) -> list[Tensor]:
-    """Output, log-sum-exp, and all gradients of a weighted sum of both."""
+def run(backend: str, pattern: Pattern, tensors: list[Tensor]) -> list[Tensor]:
+    """Output, log-sum-exp, and all gradients of a weighted sum of both.
+
+    The scale is not the default, but as large: the rounding of a logit grows with it.
+    """
     q, k, v, *bias = tensors
+    scale = 1.1 * q.shape[-1] ** -0.5
     with use_backend(backend):
         out, lse = LOCAL_ATTENTION(q, k, v, pattern, bias[0] if bias else None, scale, True)
     generator = torch.Generator().manual_seed(1)
