@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 EXAMPLE = """examples:
@@ -47,6 +48,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parsed = parse_arguments()  # first, so that --help does not wait for imports
+    # PyTorch then asks Linux for large pages, which takes up to a fifth off a training step on a CPU.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from visionattn.engine.cli import run_command
 
     run_command(lambda: main(parsed))
