@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..vmap import one_by_one
-from .library import ARGUMENTS, decode, encode, flops, second_derivatives
+from .library import ARGUMENTS, backward_flops, decode, encode, forward_flops, second_derivatives
 from .pattern import Pattern
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -146,27 +146,5 @@ forward.register_vmap(one_by_one(forward))
 backward.register_vmap(one_by_one(backward))
 forward.register_autograd(_differentiate, setup_context=_keep)
 backward.register_autograd(_differentiate_twice, setup_context=_keep_backward)
-
-
-@register_flop_formula(torch.ops.visionattn.local_attention_fused)
-def _forward_flops(
-    q: tuple[int, ...], k: Any, v: Any, bias: Any, geometry: list[int], *args: Any, **kwargs: Any
-) -> int:
-    """The logits and the sum of values."""
-    return flops(q, geometry, products=2)
-
-
-@register_flop_formula(torch.ops.visionattn.local_attention_fused_backward)
-def _backward_flops(
-    grad_out: Any,
-    grad_lse: Any,
-    q: tuple[int, ...],
-    k: Any,
-    v: Any,
-    bias: Any,
-    geometry: list[int],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """The logits again, and a product for each of the weights' gradient, dq, dk and dv."""
-    return flops(q, geometry, products=5)
+register_flop_formula(torch.ops.visionattn.local_attention_fused)(forward_flops)
+register_flop_formula(torch.ops.visionattn.local_attention_fused_backward)(backward_flops)

@@ -156,22 +156,20 @@ def second_derivatives(
     return [None if t is None else next(second) for t in saved]
 
 
-def flops(q_shape: tuple[int, ...], geometry: list[int], products: int) -> int:
+def _flops(q_shape: tuple[int, ...], geometry: list[int], products: int) -> int:
     """Operations of so many products of queries and keys, exactly those that the pattern shows."""
     pattern = decode(geometry, torch.empty(q_shape, device="meta"))
     return q_shape[0] * pattern.flops(q_shape[3], q_shape[4]) // 2 * products
 
 
-@register_flop_formula(torch.ops.visionattn.local_attention)
-def _forward_flops(
+def forward_flops(
     q: tuple[int, ...], k: Any, v: Any, bias: Any, geometry: list[int], *args: Any, **kwargs: Any
 ) -> int:
     """The logits and the sum of values."""
-    return flops(q, geometry, products=2)
+    return _flops(q, geometry, products=2)
 
 
-@register_flop_formula(torch.ops.visionattn.local_attention_backward)
-def _backward_flops(
+def backward_flops(
     grad: Any,
     grad_lse: Any,
     q: tuple[int, ...],
@@ -183,9 +181,11 @@ def _backward_flops(
     **kwargs: Any,
 ) -> int:
     """The logits again, and a product for each of the weights' gradient, dq, dk and dv."""
-    return flops(q, geometry, products=5)
+    return _flops(q, geometry, products=5)
 
 
+register_flop_formula(torch.ops.visionattn.local_attention)(forward_flops)
+register_flop_formula(torch.ops.visionattn.local_attention_backward)(backward_flops)
 local_attention.register_vmap(one_by_one(local_attention))
 backward.register_vmap(one_by_one(backward))
 local_attention.register_autograd(_differentiate, setup_context=_keep)
