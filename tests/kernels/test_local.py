@@ -256,6 +256,29 @@ def test_batch_and_heads(batch: int, heads: int):
         )
 
 
+def stored_bytes(window: int, shift: int, dim: int, dtype: torch.dtype) -> int:
+    """What a call keeps for its gradient beyond its arguments, in bytes."""
+    qkv = [x.detach().requires_grad_() for x in packed_qkv(1, 16, 18, 2, dim, dtype)]
+    arguments = {qkv[0].untyped_storage().data_ptr()}
+    stored: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        stored[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        window_attention(*qkv, window, shift=shift)
+    return sum(size for place, size in stored.items() if place not in arguments)
+
+
+def test_training_keeps_the_weights_of_small_windows_only():
+    # Along the 16 pixels five windows of 3 and one of a single pixel, along the 18 six of 3.
+    assert stored_bytes(3, 0, 8, torch.float32) == (5 * 3**2 + 1) * (6 * 3**2) * 2 * 4
+    assert 0 < stored_bytes(3, 1, 8, torch.float32) < stored_bytes(3, 0, 8, torch.float32)
+    assert stored_bytes(6, 0, 8, torch.float32) == 0
+    assert stored_bytes(3, 0, 8, torch.bfloat16) == 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_memory_layout(backend: str):
     q, k, v = packed_qkv(2, 6, 5, 2, 4)

@@ -209,7 +209,10 @@ def _compare(
 
 
 def _write_program(program: ExportedProgram, image: Tensor, path: Path) -> None:
-    torch.export.save(program, path)
+    try:
+        torch.export.save(program, path)
+    except Exception as error:  # the serializer's errors have no common class
+        raise ExportError(f"torch.export cannot save the program: {_reason(error)}") from error
 
 
 def _write_onnx(program: ExportedProgram, image: Tensor, path: Path) -> None:

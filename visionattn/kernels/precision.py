@@ -11,7 +11,9 @@ from torch import Tensor
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A `with` block in which operations on the device of `x` keep the dtypes of their inputs."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    # Exported programs would hold the block as a program of its own, which takes no size that may vary.
+    is_enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_enabled else nullcontext()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -13,9 +13,14 @@ FUZZ = {"deadline": None, "derandomize": True}
 
 
 @settings(max_examples=500, **FUZZ)
-@given(pattern=patterns(most_pixels=150, largest=8), bias=st.sampled_from(BIASES))
-def test_torch_equals_the_formula(pattern: Pattern, bias: str) -> None:
-    assert_equals_reference("torch", pattern, make(pattern, bias, 2, heads=1), 1e-5)
+@given(
+    pattern=patterns(most_pixels=150, largest=8),
+    bias=st.sampled_from(BIASES),
+    dim=st.sampled_from([2, 12, 24]),
+    return_lse=st.booleans(),
+)
+def test_torch_equals_the_formula(pattern: Pattern, bias: str, dim: int, return_lse: bool) -> None:
+    assert_equals_reference("torch", pattern, make(pattern, bias, dim, heads=1), 1e-5, return_lse)
 
 
 @settings(max_examples=300, **FUZZ)

@@ -1,8 +1,8 @@
 """Local attention in fast plain PyTorch.
 
 On a CPU the tiles are worked off in chunks that stay in the cache, forward and backward; training keeps
-nothing but the inputs. On other devices, in compiled programs and for derivatives of higher order they are
-computed all at once.
+nothing but the inputs and the weights of small windows. On other devices, in compiled programs and for
+derivatives of higher order they are computed all at once.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..dense import attend, attend_lse
 from ..precision import without_autocast
-from .chunks import as_matrices, as_tiles, band_biases, bands, chunks, key_tiles, query_tiles
+from .chunks import as_matrices, as_tiles, band_biases, bands, chunks, keeps_weights, key_tiles, query_tiles
 from .pattern import Pattern
-from .pytorch_backward import local_attention_backward
+from .pytorch_backward import attention_weights, local_attention_backward
 from .tiles import attention_of_tiles, by_groups, pad_keys
 from .uniform import can_be_uniform, uniform_attention
 
@@ -36,23 +36,35 @@ def tiled_attention(
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
     is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    is_transformed = torch._C._are_functorch_transforms_active()
+    keeps = is_recorded and not is_transformed and not return_lse and keeps_weights(pattern, q)
     # What records a call for autograd costs as much as the attention of a small map.
-    is_plain = not is_recorded and not torch._C._are_functorch_transforms_active()
-    out, *lse = (_Chunked.forward if is_plain else _Chunked.apply)(q, k, v, bias, pattern, scale, return_lse)
+    attention = _Chunked.apply if is_recorded or is_transformed else _Chunked.forward
+    out, *lse = attention(q, k, v, bias, pattern, scale, return_lse, [] if keeps else None)
     return out, lse[0] if lse else None
 
 
 class _Chunked(torch.autograd.Function):
-    """`attention_of_tiles`, chunk by chunk, keeping nothing but its arguments for the backward pass."""
+    """`attention_of_tiles`, chunk by chunk, keeping nothing but its arguments for the backward pass.
+
+    Unless it gets a list: that takes the weights of every chunk, for the backward pass as well.
+    """
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pattern: Pattern, scale: float, return_lse: bool
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        pattern: Pattern,
+        scale: float,
+        return_lse: bool,
+        kept: list[Tensor] | None,
     ) -> tuple[Tensor, ...]:
         k, v = (pad_keys(x, pattern) for x in (k, v))
 
         def attend_group(group: Pattern, *maps: Tensor) -> tuple[Tensor, ...]:
-            return _attend_chunks(group, bias, scale, return_lse, *maps)
+            return _attend_chunks(group, bias, scale, return_lse, kept, *maps)
 
         with without_autocast(q):
             out, *lse = by_groups(pattern, (q, k, v), attend_group)
@@ -60,19 +72,22 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.pattern, ctx.scale, ctx.return_lse = inputs
-        ctx.save_for_backward(*tensors)
+        *tensors, ctx.pattern, ctx.scale, ctx.return_lse, kept = inputs
+        ctx.save_for_backward(*tensors, *(kept or ()))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
+        q, k, v, bias, *kept = ctx.saved_tensors
         grad = torch.zeros_like(q) if grads[0] is None else grads[0]
         grad_lse = grads[1] if ctx.return_lse else None
         wanted = ctx.needs_input_grad[:4]
-        gradients = _differentiable_gradients if torch.is_grad_enabled() else local_attention_backward
-        results = gradients(grad, grad_lse, q, k, v, ctx.pattern, bias, ctx.scale, wanted[3])
-        return *(result if want else None for result, want in zip(results, wanted)), None, None, None
+        args = grad, grad_lse, q, k, v, ctx.pattern, bias, ctx.scale
+        if torch.is_grad_enabled():
+            results = _differentiable_gradients(*args)
+        else:
+            results = local_attention_backward(*args, wanted[3], kept)
+        return *(result if want else None for result, want in zip(results, wanted)), *(None,) * 4
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
@@ -93,23 +108,40 @@ class _Chunked(torch.autograd.Function):
 
 
 def _attend_chunks(
-    pattern: Pattern, bias: Tensor | None, scale: float, return_lse: bool, q: Tensor, k: Tensor, v: Tensor
+    pattern: Pattern,
+    bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    kept: list[Tensor] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`."""
+    """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`.
+
+    The weights `[n, heads, nq, nk]` of every chunk are put into `kept`, unless it is None.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype = q.dtype if kept is None else wide
     outs = [torch.empty(q.shape, dtype=q.dtype, device=q.device)]
     if return_lse:
-        outs.append(q.new_empty((*q.shape[:4], 1), dtype=torch.promote_types(q.dtype, torch.float32)))
+        outs.append(q.new_empty((*q.shape[:4], 1), dtype=wide))
     attend_chunk = attend_lse if return_lse else attend
     rows, columns = bands(pattern, q.shape[3])
     for band in columns:
         for y, bias_of_y in zip(rows, band_biases(bias, pattern, rows, band, q)):
             for chunk in chunks(q.shape, y, band):
-                query = query_tiles(q, chunk, y, band)
-                key, value = (as_matrices(key_tiles(x, chunk, y, band)) for x in (k, v))
-                results = attend_chunk(as_matrices(query), key, value, bias_of_y, scale)
+                tiles = [query_tiles(q, chunk, y, band), *(key_tiles(x, chunk, y, band) for x in (k, v))]
+                query, key, value = (as_matrices(x, dtype) for x in tiles)
+                if kept is None:
+                    query, key, value = (x.unflatten(0, (-1, q.shape[3])) for x in (query, key, value))
+                    results = attend_chunk(query, key, value, bias_of_y, scale)
+                else:
+                    kept.append(attention_weights(query, key, bias_of_y, scale))
+                    results = torch.bmm(kept[-1], value)
                 for out, result in zip(outs, results if isinstance(results, tuple) else (results,)):
-                    result = result if result.dim() == 4 else result[..., None]
-                    query_tiles(out, chunk, y, band).copy_(as_tiles(result, query.shape))
+                    target = query_tiles(out, chunk, y, band)
+                    target.copy_(as_tiles(result, target.shape))
     return tuple(outs)
 
 
@@ -122,7 +154,6 @@ def _differentiable_gradients(
     pattern: Pattern,
     bias: Tensor | None,
     scale: float,
-    with_bias: bool,
 ) -> tuple[Tensor | None, ...]:
     """`local_attention_backward` in operations that can be differentiated again."""
     out, lse = attention_of_tiles(q, k, v, pattern, bias, scale, grad_lse is not None)

@@ -1,18 +1,20 @@
 """First derivatives of local attention in plain PyTorch, chunk by chunk as the forward pass.
 
-The weights are recomputed, so that training keeps nothing but the inputs. Gradients of keys are added tile by
-tile and those of a bias table by products: the order of additions is fixed.
+The weights are recomputed unless the forward pass has kept them. Gradients of keys are added tile by tile and
+those of a bias table by products: the order of additions is fixed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import without_autocast
 from .chunks import (
     Band,
+    as_matrices,
     as_tiles,
     band_biases,
     bands,
@@ -21,11 +23,18 @@ from .chunks import (
     put_key_tiles,
     query_tiles,
     shares_keys,
-    step_matrix,
     stretched,
 )
-from .pattern import Pattern, Run
-from .tiles import by_groups, pad_keys, run_pixels
+from .pattern import Pattern, Run, Span
+from .tiles import (
+    add_to_table,
+    by_groups,
+    has_whole_block,
+    pad_keys,
+    part_of_block,
+    run_pixels,
+    whole_block,
+)
 
 # How many rows of tiles that share keys are worked off as one: their keys are to stay in the cache.
 _TOGETHER = 4
@@ -41,6 +50,7 @@ def local_attention_backward(
     bias: Tensor | None,
     scale: float,
     with_bias: bool = True,
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the bias.
 
@@ -54,6 +64,7 @@ def local_attention_backward(
         bias: table or dense, or None.
         scale: multiplies q·k.
         with_bias: whether the gradient of the bias is wanted; None otherwise.
+        kept: the weights of every chunk, if the forward pass has kept them.
     """
     maps = [grad, q, pad_keys(k, pattern), pad_keys(v, pattern)]
     maps += [] if grad_lse is None else [grad_lse[..., None]]
@@ -61,7 +72,7 @@ def local_attention_backward(
     grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and with_bias else None
 
     def attend_backward(group: Pattern, *args: Tensor) -> tuple[Tensor, ...]:
-        return _chunks_backward(group, bias, grad_bias, scale, *args)
+        return _chunks_backward(group, bias, grad_bias, scale, kept, *args)
 
     with without_autocast(q):
         dq, dk, dv = by_groups(pattern, maps, attend_backward)
@@ -76,6 +87,7 @@ def _chunks_backward(
     bias: Tensor | None,
     grad_bias: Tensor | None,
     scale: float,
+    kept: Sequence[Tensor],
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -90,97 +102,114 @@ def _chunks_backward(
     new = torch.empty if alone else torch.zeros
     dk, dv = (new(t.shape, dtype=wide, device=t.device) for t in (k, v))
     rows, columns = bands(pattern, q.shape[3])
+    sums = None if bias is None or grad_bias is None else _BiasSums(pattern, bias, grad_bias)
+    weights = iter(kept)
     for band in columns:
-        for y, bias_of_y in zip(rows, band_biases(bias, pattern, rows, band, q)):
+        biases = [None] * len(rows) if kept else band_biases(bias, pattern, rows, band, q)
+        for y, bias_of_y in zip(rows, biases):
             shared = shares_keys(y)
             totals: list[Tensor] = []
             for chunk in chunks(q.shape, y, band, _TOGETHER if shared else 0):
                 steps = chunk.rows[1] if shared else 1
                 tall, chunk = stretched(y, chunk) if shared else (y, chunk)
-                queries = [query_tiles(t, chunk, tall, band) for t in (q, grad, grad_lse) if t is not None]
-                keys = [key_tiles(t, chunk, tall, band) for t in (k, v)]
-                matrices = ([_heads_first(t).to(wide) for t in tiles] for tiles in (queries, keys))
-                *grads, dlogits = _stretch_backward(
-                    *matrices, y, steps, bias_of_y, scale, grad_bias is not None
-                )
-                query_tiles(dq, chunk, tall, band).copy_(as_tiles(grads[0], queries[0].shape))
+                tiles = [query_tiles(t, chunk, tall, band) for t in (q, grad, grad_lse) if t is not None]
+                tiles += [key_tiles(t, chunk, tall, band) for t in (k, v)]
+                matrices = [as_matrices(t, wide) for t in tiles]
+                parts = (matrices[:-2], matrices[-2:], bias_of_y, scale)
+                if shared:
+                    *grads, dlogits = _stretch_backward(*parts, y, band, steps, sums is not None)
+                else:
+                    *grads, dlogits = _dense_backward(*parts, next(weights, None))
+                target = query_tiles(dq, chunk, tall, band)
+                target.copy_(as_tiles(grads[0], target.shape))
                 for target, part in zip((dk, dv), grads[1:]):
-                    put_key_tiles(target, as_tiles(part, keys[0].shape), chunk, tall, band, alone)
-                if grad_bias is not None:
-                    sums = [part.sum(0) for part in _parts(dlogits, band)]
-                    totals = [total.add_(part) for total, part in zip(totals, sums)] or sums
-            if bias is not None and grad_bias is not None:
-                for x, total in zip(band.runs, totals):
-                    _add_bias(grad_bias, bias, total, pattern, y, x)
+                    put_key_tiles(target, as_tiles(part, tiles[-1].shape), chunk, tall, band, alone)
+                if sums is not None:
+                    parts = _sums_of_runs(dlogits, band, q.shape[3])
+                    totals = [total.add_(part) for total, part in zip(totals, parts)] or parts
+            if sums is not None:
+                sums.add(totals, y, band)
+    if sums is not None:
+        sums.finish()
     return dq, dk, dv
 
 
-def _heads_first(tiles: Tensor) -> Tensor:
-    """`[n, heads, y, x, d]`, contiguous, of tiles `[B, rows, columns, y, x, heads, d]`."""
-    return tiles.permute(0, 1, 2, 5, 3, 4, 6).contiguous().flatten(0, 2)
-
-
-def _parts(dlogits: Tensor, band: Band) -> tuple[Tensor, ...]:
-    """The gradient of the logits for each run of a band."""
-    return (dlogits,) if len(band.runs) == 1 else dlogits.split([run.count for run in band.runs])
+def _sums_of_runs(dlogits: Tensor, band: Band, heads: int) -> list[Tensor]:
+    """For each run of a band `[n * heads, nq, nk]` the sum `[heads, nq, nk]` over its tiles."""
+    dlogits = dlogits.unflatten(0, (-1, heads))
+    parts = [dlogits] if len(band.runs) == 1 else dlogits.split([run.count for run in band.runs])
+    return [part[0] if len(part) == 1 else part.sum(0) for part in parts]
 
 
 def _stretch_backward(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    y: Run,
-    steps: int,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
     bias: Tensor | None,
     scale: float,
+    y: Run,
+    band: Band,
+    steps: int,
     with_bias: bool,
-) -> list[Tensor]:
-    """`_dense_backward` of maps `[n, heads, y, x, d]` whose tiles are `steps` stretches of rows.
-
-    Gradients of the maps are `[n, heads, pixels, d]`, that of the logits, if the bias wants it, is the sum
-    over the stretches.
-    """
-    totals: list[Tensor] = []
-    dlogits = torch.zeros(())
+) -> tuple[Tensor, ...]:
+    """`_dense_backward` of tiles that are `steps` stretches of rows; logits' gradients are added up."""
+    x = band.runs[0]
+    dlogits = queries[0].new_zeros(())
+    dq = torch.empty_like(queries[0])
+    dk, dv = (torch.zeros_like(t) for t in keys)
     for step in range(steps):
         *parts, part = _dense_backward(
-            [step_matrix(t, y, y.query, step) for t in queries],
-            [step_matrix(t, y, y.key, step) for t in keys],
+            [_step(t, step, y, y.query, x.query) for t in queries],
+            [_step(t, step, y, y.key, x.key) for t in keys],
             bias,
             scale,
         )
-        if steps == 1:
-            return [*parts, part]
-        totals = totals or [torch.zeros_like(t) for t in (queries[0], *keys)]
-        for total, grad, span in zip(totals, parts, (y.query, y.key, y.key)):
-            step_matrix(total, y, span, step).add_(grad)
-        dlogits = dlogits + part if with_bias else dlogits
-    return [*(total.flatten(2, 3) for total in totals), dlogits]
+        _step(dq, step, y, y.query, x.query).copy_(parts[0])
+        for total, grad in zip((dk, dv), parts[1:]):
+            _step(total, step, y, y.key, x.key).add_(grad)
+        if with_bias:
+            dlogits = dlogits + part
+    return dq, dk, dv, dlogits
+
+
+def _step(matrices: Tensor, step: int, y: Run, rows: Span, columns: Span) -> Tensor:
+    """One stretch of tiles `[N, pixels, d]`."""
+    return matrices.narrow(1, step * y.step * columns.length, rows.length * columns.length)
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """`softmax(scale q kᵀ + bias)` of `[n * heads, pixels, d]` with a bias `[n | 1, heads | 1, nq, nk]`."""
+    logits = _scaled_product(q, k.mT, scale)
+    if bias is not None:
+        # A bias for each of the n tiles has all heads.
+        heads = bias.shape[1]
+        logits.unflatten(0, (-1, heads)).add_(bias)
+    return logits.softmax(-1)
 
 
 def _dense_backward(
-    queries: list[Tensor], keys: list[Tensor], bias: Tensor | None, scale: float
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    bias: Tensor | None,
+    scale: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values and logits of dense attention.
 
     Args:
         queries: the queries, the gradient of the output and perhaps that of the log-sum-exp, all
-            `[N, heads, nq, d]`.
-        keys: the keys and the values `[N, heads, nk, d]`.
-        bias: added to the logits `[N, heads, nq, nk]`.
+            `[N, nq, d]`.
+        keys: the keys and the values `[N, nk, d]`.
+        bias: added to the logits, as in `attention_weights`.
         scale: multiplies q·k.
+        weights: `attention_weights` of them, if they are known.
     """
-    batch = queries[0].shape[:2]
-    (q, grad, *grad_lse), (k, v) = ([x.flatten(0, 1) for x in maps] for maps in (queries, keys))
-    logits = _scaled_product(q, k.mT, scale)
-    if bias is not None:
-        logits.unflatten(0, batch).add_(bias)
-    weights = logits.softmax(-1)
-    dlogits = (grad @ v.mT).mul_(weights)
-    shift = dlogits.sum(-1, keepdim=True)
-    dlogits.addcmul_(weights, shift - grad_lse[0] if grad_lse else shift, value=-1)
+    (q, grad, *grad_lse), (k, v) = queries, keys
+    weights = attention_weights(q, k, bias, scale) if weights is None else weights
+    dlogits = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype)
+    if grad_lse:
+        dlogits.addcmul_(weights, grad_lse[0])
     dq, dk = _scaled_product(dlogits, k, scale), _scaled_product(dlogits.mT, q, scale)
-    dq, dk, dv, dlogits = (x.unflatten(0, batch) for x in (dq, dk, weights.mT @ grad, dlogits))
-    return dq, dk, dv, dlogits
+    return dq, dk, torch.bmm(weights.mT, grad), dlogits
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -188,28 +217,54 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
-def _add_bias(grad_bias: Tensor, bias: Tensor, dlogits: Tensor, pattern: Pattern, y: Run, x: Run) -> None:
-    """Add the gradient of a tile's logits `[heads, nq, nk]` to that of the table or the dense block."""
-    dlogits = dlogits.unflatten(2, (y.key.length, -1)).unflatten(1, (y.query.length, -1))
-    seen_y, seen_x = (
-        axis.visibility(*run_pixels(run, axis, bias.device)) for axis, run in ((pattern.y, y), (pattern.x, x))
-    )
-    if bias.shape[1:] == pattern.table_shape:
-        rows, columns = (
-            F.one_hot((seen[1] + axis.reach).clamp(0, 2 * axis.reach), 2 * axis.reach + 1).to(dlogits.dtype)
-            for axis, seen in ((pattern.y, seen_y), (pattern.x, seen_x))
+class _BiasSums:
+    """Adds the gradients of logits up to that of a bias.
+
+    Those of tiles that are whole blocks, or parts of one that a border cuts, are added up in the block first.
+    """
+
+    def __init__(self, pattern: Pattern, bias: Tensor, grad_bias: Tensor) -> None:
+        self.pattern, self.grad_bias = pattern, grad_bias
+        y, x = pattern.y, pattern.x
+        self.is_table = bias.shape[1:] == pattern.table_shape
+        self.block = None
+        if has_whole_block(pattern, self.is_table):
+            shape = y.window, x.window, y.key_window, x.key_window
+            self.block = grad_bias.new_zeros((bias.shape[0], *shape))
+
+    def add(self, totals: Sequence[Tensor], y: Run, band: Band) -> None:
+        """Add the gradients `[heads, nq, nk]` of the logits of the runs of a band."""
+        for x, total in zip(band.runs, totals):
+            total = total.unflatten(2, (y.key.length, -1)).unflatten(1, (y.query.length, -1))
+            if self.block is not None:
+                part_of_block(self.block, y, x).add_(total)
+            elif self.is_table:
+                add_to_table(self.grad_bias, total, self.pattern, y, x)
+            else:
+                self._add_to_pairs(total, y, x)
+
+    def finish(self) -> None:
+        """Add what the block holds."""
+        if self.block is None:
+            return
+        if self.is_table:
+            add_to_table(self.grad_bias, self.block, self.pattern, *whole_block(self.pattern))
+        else:
+            self.grad_bias += self.block.flatten(3).flatten(1, 2)
+
+    def _add_to_pairs(self, dlogits: Tensor, y: Run, x: Run) -> None:
+        """Add the gradient `[heads, qy, qx, ky, kx]` of the logits of a tile of several blocks."""
+        axes = self.pattern.y, self.pattern.x
+        (_, _, query_y, key_y), (_, _, query_x, key_x) = (
+            axis.visibility(*run_pixels(run, axis, dlogits.device)) for axis, run in zip(axes, (y, x))
         )
-        by_row = torch.einsum("hqpkl,qky->hypl", dlogits, rows)
-        grad_bias += torch.einsum("hypl,plx->hyx", by_row, columns)
-        return
-    blocks = grad_bias.unflatten(2, (pattern.y.key_window, -1)).unflatten(1, (pattern.y.window, -1))
-    (_, _, query_y, key_y), (_, _, query_x, key_x) = seen_y, seen_x
-    heads = torch.arange(bias.shape[0], device=bias.device)
-    where = (
-        heads.view(-1, 1, 1, 1, 1),
-        query_y.view(-1, 1, 1, 1),
-        query_x.view(-1, 1, 1),
-        key_y.clamp(0, pattern.y.key_window - 1)[:, None, :, None],
-        key_x.clamp(0, pattern.x.key_window - 1)[:, None, :],
-    )
-    blocks.index_put_(where, dlogits, accumulate=True)
+        heads = torch.arange(dlogits.shape[0], device=dlogits.device)
+        where = (
+            heads.view(-1, 1, 1, 1, 1),
+            query_y.view(-1, 1, 1, 1),
+            query_x.view(-1, 1, 1),
+            key_y.clamp(0, axes[0].key_window - 1)[:, None, :, None],
+            key_x.clamp(0, axes[1].key_window - 1)[:, None, :],
+        )
+        blocks = self.grad_bias.unflatten(2, (axes[0].key_window, -1)).unflatten(1, (axes[0].window, -1))
+        blocks.index_put_(where, dlogits, accumulate=True)

@@ -229,20 +229,24 @@ def run_biases(
     device: torch.device,
 ) -> list[Tensor | None]:
     """What is added to the logits of the tiles of every pair of runs: bias, and -inf for absent keys."""
-    is_dense = bias is not None and bias.shape[1:] != pattern.table_shape
+    is_table = bias is not None and bias.shape[1:] == pattern.table_shape
+    block = None
+    if bias is not None and has_whole_block(pattern, is_table):
+        block = from_table(bias, pattern, *whole_block(pattern)) if is_table else _by_axes(bias, pattern)
     seen: list[list[tuple[Tensor, ...]]] = [[], []]
-    # Whole blocks need neither a mask nor a gather, so nothing is written out for windows.
-    if any(run.masked or (run.blocks > 1 and is_dense) for run in (*runs_y, *runs_x)):
+    # Blocks need neither a mask nor a gather, so nothing is written out for windows.
+    is_gathered = bias is not None and block is None and not is_table
+    if is_gathered or any(run.masked for run in (*runs_y, *runs_x)):
         for pairs, axis, runs in ((seen[0], pattern.y, runs_y), (seen[1], pattern.x, runs_x)):
             pairs += [axis.visibility(*run_pixels(run, axis, device)) for run in runs]
     absent = [[torch.where(visible, 0.0, float("-inf")).to(dtype) for visible, *_ in pairs] for pairs in seen]
     biases = []
     for (i, y), (j, x) in product(enumerate(runs_y), enumerate(runs_x)):
         total = None
-        if bias is not None and not is_dense:
+        if block is not None:
+            total = part_of_block(block, y, x)
+        elif bias is not None and is_table:
             total = from_table(bias, pattern, y, x)
-        elif bias is not None and y.blocks == x.blocks == 1:
-            total = _from_block(bias, pattern, y, x)
         elif bias is not None:
             total = bias_of_pairs(bias, pattern, seen[0][i], seen[1][j])
         if y.masked or x.masked:
@@ -264,9 +268,7 @@ def run_pixels(run: Run, axis: Axis, device: torch.device) -> tuple[Tensor, Tens
 def from_table(table: Tensor, pattern: Pattern, y: Run, x: Run) -> Tensor:
     """The bias `[heads, qy, qx, ky, kx]` of a tile; the table slides over the pairs without a gather."""
     for dim, axis, run in ((1, pattern.y, y), (2, pattern.x, x)):
-        last_query = run.query.start + run.query.length - 1
-        first = run.key.start - axis.key_padding[0] - last_query + axis.reach
-        length = run.query.length + run.key.length - 1
+        first, length = _entries(axis, run)
         # Absent pairs of a tile may lie farther apart than any entry; what they read is masked.
         low, high = max(-first, 0), max(first + length - table.shape[dim], 0)
         if low or high:
@@ -278,10 +280,57 @@ def from_table(table: Tensor, pattern: Pattern, y: Run, x: Run) -> Tensor:
     return torch.stack([rows.narrow(2, start, y.key.length) for start in starts], 1)
 
 
-def _from_block(bias: Tensor, pattern: Pattern, y: Run, x: Run) -> Tensor:
-    """The bias `[heads, qy, qx, ky, kx]` of a block that a border may cut, from that of a whole block."""
-    bias = bias.unflatten(2, (pattern.y.key_window, -1)).unflatten(1, (pattern.y.window, -1))
+def add_to_table(table: Tensor, tile: Tensor, pattern: Pattern, y: Run, x: Run) -> None:
+    """The transpose of `from_table`: add `[heads, qy, qx, ky, kx]` to the entries that it reads."""
+    (top, rows), (left, columns) = _entries(pattern.y, y), _entries(pattern.x, x)
+    sums = _along_diagonals(tile.movedim(2, 0), columns)
+    sums = _along_diagonals(sums.permute(1, 0, 3, 2), rows).mT
+    first = [max(top, 0), max(left, 0)]
+    last = [min(start + n, size) for start, n, size in zip((top, left), (rows, columns), table.shape[1:])]
+    inside = sums[:, first[0] - top : last[0] - top, first[1] - left : last[1] - left]
+    table[:, first[0] : last[0], first[1] : last[1]].add_(inside)
+
+
+def _entries(axis: Axis, run: Run) -> tuple[int, int]:
+    """The first entry of a table that a tile reads, and how many, along an axis."""
+    last_query = run.query.start + run.query.length - 1
+    first = run.key.start - axis.key_padding[0] - last_query + axis.reach
+    return first, run.query.length + run.key.length - 1
+
+
+def _along_diagonals(pairs: Tensor, length: int) -> Tensor:
+    """Sums over equal distances, the least first, of `[queries, ..., keys]`."""
+    sums = pairs.new_zeros((*pairs.shape[1:-1], length))
+    for query, keys in enumerate(pairs):
+        sums.narrow(-1, len(pairs) - 1 - query, pairs.shape[-1]).add_(keys)
+    return sums
+
+
+def has_whole_block(pattern: Pattern, is_table: bool) -> bool:
+    """Whether the bias of every tile of an undilated pattern is part of that of one whole block."""
+    axes = pattern.y, pattern.x
+    is_single = all(_blocks_per_tile(axis, side) == 1 for axis, side in zip(axes, TILE))
+    # Keys that are moved inwards have their place among the keys, but not their distance from the queries.
+    return is_single and not (is_table and any(axis.border == "clamp" for axis in axes))
+
+
+def whole_block(pattern: Pattern) -> tuple[Run, Run]:
+    """A block that no border cuts, along both axes."""
+    y, x = (
+        Run(1, a.window, 1, Span(0, a.window, 0), Span(a.key_padding[0] - a.before, a.key_window, 0), False)
+        for a in (pattern.y, pattern.x)
+    )
+    return y, x
+
+
+def part_of_block(block: Tensor, y: Run, x: Run) -> Tensor:
+    """The part of `[heads, qy, qx, ky, kx]` of a whole block that a tile is: a border may cut it."""
     for dim, run in ((1, y), (2, x)):
-        bias = bias.narrow(dim, run.query.offset, run.query.length)
-        bias = bias.narrow(dim + 2, run.key.offset, run.key.length)
-    return bias
+        block = block.narrow(dim, run.query.offset, run.query.length)
+        block = block.narrow(dim + 2, run.key.offset, run.key.length)
+    return block
+
+
+def _by_axes(bias: Tensor, pattern: Pattern) -> Tensor:
+    """A dense bias `[heads, nq, nk]` as `[heads, qy, qx, ky, kx]`."""
+    return bias.unflatten(2, (pattern.y.key_window, -1)).unflatten(1, (pattern.y.window, -1))
