@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import visionattn
 from visionattn.benchmark.models import compare_models
 from visionattn.integrations.timm_windows import FusedWindowAttention
+from visionattn.layers.linear import Linear
 
 _SWIN = {"embed_dim": 24, "num_heads": (1, 2, 3, 4), "depths": (2, 2, 2, 2)}
 _MAXVIT = {"embed_dim": (32, 32, 64, 64), "depths": (1, 1, 1, 1), "stem_width": 16}
@@ -238,7 +240,10 @@ def test_halonet() -> None:
     for device in DEVICES:
         ours = copy.deepcopy(theirs)
         report = visionattn.accelerate(ours, device)
-        assert len(report.swapped) == (3 if device == "cuda" else 2)
+        kinds = Counter(report.swapped.values())
+        assert kinds == (
+            {"FusedHaloAttn": 3} if device == "cuda" else {"FusedHaloAttn": 2, "OneDnnLinear": 1}
+        )
         assert_equal(ours(x), theirs(x))
 
 
@@ -251,12 +256,21 @@ def test_report() -> None:
         "swapped: 4 x FusedSpatialBlock\nkept: 4 x attention across channels, for which there is no kernel"
     )
     report = visionattn.accelerate(model)  # for the CPU, where the parameters are
-    assert not report.swapped
+    assert set(report.swapped.values()) == {"OneDnnLinear"}
     assert set(report.kept.values()) == {
         "attention across channels, for which there is no kernel",
         "timm's own formulation is as fast on the CPU",
     }
-    assert "nothing to swap" in str(visionattn.accelerate(nn.Linear(2, 2)))
+    assert "nothing to swap" in str(visionattn.accelerate(nn.Conv2d(2, 2, 1)))
+
+
+def test_restore_leaves_our_own_networks_alone() -> None:
+    ours = timm.create_model("nat_mini", depths=(1, 1, 1, 1))
+    before = [type(m) for m in ours.modules()]
+    visionattn.accelerate(ours)
+    assert before.count(Linear) == [type(m) for m in ours.modules()].count(Linear) > 0
+    visionattn.restore(ours)
+    assert [type(m) for m in ours.modules()] == before
 
 
 def test_foreign_blocks_are_left_alone() -> None:

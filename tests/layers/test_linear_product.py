@@ -130,6 +130,14 @@ def test_several_gradients_at_once():
     torch.testing.assert_close(rows, layer.weight[:, None].expand(-1, 7, -1))
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])
+def test_outputs_may_be_changed_in_place(shape: tuple[int, ...]):
+    layer, x = Linear(4, 6), torch.randn(shape, requires_grad=True)
+    grads = torch.autograd.grad(layer(x).relu_().sum(), [x, *layer.parameters()])
+    expected = F.linear(x, layer.weight, layer.bias).relu().sum()
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, [x, *layer.parameters()]))
+
+
 @torch.no_grad()
 def test_what_asks_for_more_than_numbers_runs_as_ever():
     layer, x = layer_and_input()

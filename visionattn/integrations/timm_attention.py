@@ -29,6 +29,7 @@ _CPU: dict[type[nn.Module], type[nn.Module]] = {
     swin_transformer_v2.WindowAttention: timm_windows.FusedCosineAttention,
     RelPosBiasTf: timm_windows.SlidingRelPosBias,
     HaloAttn: timm_blocks.FusedHaloAttn,
+    nn.Linear: timm_windows.OneDnnLinear,
 }
 _ORIGINALS = {ours: timms for table in (_KERNELS, _CPU) for timms, ours in table.items()}
 
@@ -71,7 +72,8 @@ def accelerate(model: nn.Module, device: torch.device | str | None = None) -> Ac
     outputs, training, `features_only` and `torch.compile` stay; forward hooks on attention modules inside a
     swapped block no longer run. Where attention dropout is on, timm's formulation runs in training.
 
-    On the CPU only what was measured to be faster there is swapped.
+    On the CPU only what was measured to be faster there is swapped, and the linear layers as well, of any
+    network: `visionattn.layers.linear` says how.
 
     Args:
         model: from `timm.create_model`, or any module with such a network inside.
@@ -85,9 +87,9 @@ def accelerate(model: nn.Module, device: torch.device | str | None = None) -> Ac
     kind = torch.device(device).type if device is not None else "cpu" if first is None else first.device.type
     table, reasons = (_CPU, _CPU_REASONS) if kind == "cpu" else (_KERNELS, _REASONS)
     report = Acceleration()
-    for name, module in _walk(model, table):
+    for name, module in _walk(model):
         original = next((c for c in table if isinstance(module, c)), None)
-        if original is None:
+        if original is None or (original is nn.Linear and type(module) is not nn.Linear):
             reason = reasons.get(type(module))
         elif type(module) is not original:
             reason = f"{type(module).__name__} is not timm's own {original.__name__}"
@@ -95,7 +97,7 @@ def accelerate(model: nn.Module, device: torch.device | str | None = None) -> Ac
             reason = _AS_FAST
         else:
             reason = None
-            module.__class__ = table[original]
+            module.__class__ = table[original]  # pyright: ignore[reportAttributeAccessIssue]
             report.swapped[name] = table[original].__name__
         if reason is not None:
             report.kept[name] = reason
@@ -109,11 +111,9 @@ def restore(model: nn.Module) -> None:
             module.__class__ = _ORIGINALS[type(module)]
 
 
-def _walk(
-    model: nn.Module, table: dict[type[nn.Module], type[nn.Module]], prefix: str = ""
-) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by name; what lies inside a module of the table is its own affair."""
+def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name; what lies inside a block whose attention is a kernel is its own affair."""
     yield prefix, model
-    if type(model) not in table.values():
+    if type(model) not in _KERNELS.values():
         for name, child in model.named_children():
-            yield from _walk(child, table, f"{prefix}.{name}" if prefix else name)
+            yield from _walk(child, f"{prefix}.{name}" if prefix else name)

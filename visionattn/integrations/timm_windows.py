@@ -1,8 +1,8 @@
-"""timm's attention modules as they are fastest on the CPU.
+"""timm's modules as they are fastest on the CPU.
 
 There a map is better cut into windows before the projection than after it, because that copies a third, and a
 mask is cheaper than a shifted window's nine shapes. timm's blocks do so already; what is slow in them is
-replaced here. Measured on 7x7 to 64x64 maps, batch 1 and 4, one thread.
+replaced here: biases that are gathered anew for every batch, and most of all the linear layers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor
 
 from visionattn.kernels.dense import attend
+from visionattn.layers.linear import Linear
 
 from .timm_parts import Size, cosine_qkv, cosine_table, dense_bias, drops_weights, flipped_table
 
 
 class FusedWindowAttention(swin_transformer.WindowAttention):
-    """Swin's windows, 1.03 to 1.24 times as fast as timm's."""
+    """Swin's windows."""
 
     window_size: Size
     relative_position_bias_table: Tensor
@@ -33,7 +34,7 @@ class FusedWindowAttention(swin_transformer.WindowAttention):
 
 
 class FusedCosineAttention(swin_transformer_v2.WindowAttention):
-    """Swin V2's windows, 1.00 to 1.08 times as fast as timm's."""
+    """Swin V2's windows."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`[B * windows, n, C]` to the same; `mask` `[windows, n, n]` is added to the logits."""
@@ -46,11 +47,18 @@ class FusedCosineAttention(swin_transformer_v2.WindowAttention):
 
 
 class SlidingRelPosBias(RelPosBiasTf):
-    """MaxViT's bias without products with one-hot matrices: its blocks are 1.1 to 1.7 times as fast."""
+    """MaxViT's bias without products with one-hot matrices."""
 
     def get_bias(self) -> Tensor:
         """`[heads, n, n]`."""
         return dense_bias(self.relative_position_bias_table, self.window_size)
+
+
+class OneDnnLinear(Linear):
+    """`torch.nn.Linear` by the faster of PyTorch's two matrix libraries.
+
+    A class of its own, so that `restore` knows it from the linear layers of our networks.
+    """
 
 
 def _masked(bias: Tensor, mask: Tensor | None, batch: int) -> Tensor:

@@ -95,7 +95,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     if _ONEDNN is None or not _asks_for_numbers(x, weight):
         out = F.linear(x, weight, bias)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        out: Tensor = _Product.apply(x, weight, bias)
+        # For more axes than two oneDNN gives a view, which could not be changed in place.
+        out: Tensor = _Product.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     else:
         return _multiply(x, weight, bias, gelu)
     return F.gelu(out) if gelu else out
@@ -113,7 +114,7 @@ def _is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """The linear layer with its gradients, which are linear layers too and have their own."""
+    """The linear layer of `[n, in]` with its gradients, which are linear layers too and have their own."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -128,15 +129,12 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         with_x, with_weight, with_bias = ctx.needs_input_grad
         grad_x = linear(grad, weight.t(), None) if with_x else None
-        grad_weight = grad_bias = None
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        if with_weight and grads.numel() > rows.numel() + weight.numel():  # whichever copies fewer numbers
-            grad_weight = linear(rows.t(), grads.t(), None).t().contiguous()
+        grad_weight = None
+        if with_weight and grad.numel() > x.numel() + weight.numel():  # whichever copies fewer numbers
+            grad_weight = linear(x.t(), grad.t(), None).t().contiguous()
         elif with_weight:
-            grad_weight = linear(grads.t(), rows.t(), None)
-        if with_bias:
-            grad_bias = grads.sum(0)
-        return grad_x, grad_weight, grad_bias
+            grad_weight = linear(grad.t(), x.t(), None)
+        return grad_x, grad_weight, grad.sum(0) if with_bias else None
 
 
 def _asks_for_numbers(x: Tensor, weight: Tensor) -> bool:

@@ -173,16 +173,17 @@ def run(backend: str, pattern: Pattern, tensors: list[Tensor], return_lse: bool 
 def assert_close(result: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     """Every tensor, in the norm of the whole.
 
-    Half a unit for each number stands for what cancels out. In the gradients that is the rounding of the
-    logits' gradients, which are differences of products of d numbers, and whose squares sum up over the
-    queries; so a bias has as much of it as q, although its numbers are fewer.
+    Half a unit for each number stands for what cancels out: the terms of a sum do not shrink with it. The
+    gradients of queries, keys and bias are sums of logits' gradients, each the difference of two products of
+    d numbers: for them it is a unit for each number of q.
     """
-    for ours, theirs in zip(result, expected, strict=True):
+    outputs = 1 + (expected[1].dim() == 4)
+    of_logits = {outputs, outputs + 1, outputs + 3}
+    for place, (ours, theirs) in enumerate(zip(result, expected, strict=True)):
         assert ours.shape == theirs.shape
         error, scale = (ours.double() - theirs.double()).norm(), theirs.double().norm()
-        is_bias = theirs.dim() == 3
-        terms = expected[0].numel() if is_bias else theirs.numel()
-        assert error <= tolerance * (scale + 0.5 * terms**0.5), error
+        cancelled = expected[0].numel() ** 0.5 if place in of_logits else 0.5 * theirs.numel() ** 0.5
+        assert error <= tolerance * (scale + cancelled), error
 
 
 def assert_equals_reference(
