@@ -98,17 +98,25 @@ def shares_keys(run: Run) -> bool:
     return run.count > 1 and run.key.length > run.step
 
 
-def keeps_weights(pattern: Pattern, q: Tensor) -> bool:
-    """Whether training keeps the weights: those of disjoint tiles no larger than queries and keys."""
-    if pattern.y.dilation != 1 or pattern.x.dilation != 1:
-        return False
+def has_small_tiles(pattern: Pattern, q: Tensor) -> bool:
+    """Whether the tiles of an undilated pattern are disjoint, and their weights no larger than q and k.
+
+    Then plain products are faster than PyTorch's fused attention, and training keeps the weights.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _keys_of_query(pattern) * wide.itemsize <= 2 * q.shape[4] * q.itemsize
+
+
+@lru_cache(maxsize=64)
+def _keys_of_query(pattern: Pattern) -> float:
+    """How many keys the tile of a query has on average; infinitely many if tiles share them."""
     rows, columns = tile_runs(pattern)
+    if any(shares_keys(run) for run in (*rows, *columns)):
+        return float("inf")
     pairs = 1
     for runs in (rows, columns):
         pairs *= sum(run.count * run.query.length * run.key.length for run in runs)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    is_small = pairs * wide.itemsize <= 2 * q.shape[1] * q.shape[2] * q.shape[4] * q.itemsize
-    return is_small and not any(shares_keys(run) for run in (*rows, *columns))
+    return pairs / (pattern.y.length * pattern.x.length)
 
 
 def stretched(run: Run, chunk: Chunk) -> tuple[Run, Chunk]:

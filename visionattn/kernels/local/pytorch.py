@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dense import attend, attend_lse
 from ..precision import without_autocast
-from .chunks import as_matrices, as_tiles, band_biases, bands, chunks, keeps_weights, key_tiles, query_tiles
+from .chunks import as_matrices, as_tiles, band_biases, bands, chunks, has_small_tiles, key_tiles, query_tiles
 from .pattern import Pattern
 from .pytorch_backward import attention_weights, local_attention_backward
 from .tiles import attention_of_tiles, by_groups, pad_keys
@@ -37,7 +37,8 @@ def tiled_attention(
         return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
     is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     is_transformed = torch._C._are_functorch_transforms_active()
-    keeps = is_recorded and not is_transformed and not return_lse and keeps_weights(pattern, q)
+    is_dilated = pattern.y.dilation > 1 or pattern.x.dilation > 1
+    keeps = is_recorded and not (is_transformed or is_dilated or return_lse) and has_small_tiles(pattern, q)
     # What records a call for autograd costs as much as the attention of a small map.
     attention = _Chunked.apply if is_recorded or is_transformed else _Chunked.forward
     out, *lse = attention(q, k, v, bias, pattern, scale, return_lse, [] if keeps else None)
@@ -119,10 +120,11 @@ def _attend_chunks(
 ) -> tuple[Tensor, ...]:
     """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`.
 
-    The weights `[n, heads, nq, nk]` of every chunk are put into `kept`, unless it is None.
+    The weights `[n * heads, nq, nk]` of every chunk are put into `kept`, unless it is None.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    dtype = q.dtype if kept is None else wide
+    small = not return_lse and has_small_tiles(pattern, q)
+    dtype = wide if small else q.dtype
     outs = [torch.empty(q.shape, dtype=q.dtype, device=q.device)]
     if return_lse:
         outs.append(q.new_empty((*q.shape[:4], 1), dtype=wide))
@@ -133,12 +135,14 @@ def _attend_chunks(
             for chunk in chunks(q.shape, y, band):
                 tiles = [query_tiles(q, chunk, y, band), *(key_tiles(x, chunk, y, band) for x in (k, v))]
                 query, key, value = (as_matrices(x, dtype) for x in tiles)
-                if kept is None:
+                if small:
+                    weights = attention_weights(query, key, bias_of_y, scale)
+                    results = torch.bmm(weights, value)
+                    if kept is not None:
+                        kept.append(weights)
+                else:
                     query, key, value = (x.unflatten(0, (-1, q.shape[3])) for x in (query, key, value))
                     results = attend_chunk(query, key, value, bias_of_y, scale)
-                else:
-                    kept.append(attention_weights(query, key, bias_of_y, scale))
-                    results = torch.bmm(kept[-1], value)
                 for out, result in zip(outs, results if isinstance(results, tuple) else (results,)):
                     target = query_tiles(out, chunk, y, band)
                     target.copy_(as_tiles(result, target.shape))

@@ -115,11 +115,11 @@ def _chunks_backward(
                 tiles = [query_tiles(t, chunk, tall, band) for t in (q, grad, grad_lse) if t is not None]
                 tiles += [key_tiles(t, chunk, tall, band) for t in (k, v)]
                 matrices = [as_matrices(t, wide) for t in tiles]
-                parts = (matrices[:-2], matrices[-2:], bias_of_y, scale)
+                args = (matrices[:-2], matrices[-2:], bias_of_y, scale)
                 if shared:
-                    *grads, dlogits = _stretch_backward(*parts, y, band, steps, sums is not None)
+                    *grads, dlogits = _stretch_backward(*args, y, band, steps, sums is not None)
                 else:
-                    *grads, dlogits = _dense_backward(*parts, next(weights, None))
+                    *grads, dlogits = _dense_backward(*args, next(weights, None))
                 target = query_tiles(dq, chunk, tall, band)
                 target.copy_(as_tiles(grads[0], target.shape))
                 for target, part in zip((dk, dv), grads[1:]):
