@@ -19,8 +19,8 @@ from torch import Tensor
 from .pattern import Pattern, Run, Span
 from .tiles import run_biases, tile_runs
 
-# How many logits a chunk holds, the best of 2**16 to 2**20 on a CPU.
-_CHUNK = 2**17
+# How many logits a chunk holds, in inference and in training, the best of 2**16 to 2**20 on a CPU.
+INFERENCE, TRAINING = 2**18, 2**17
 
 # Numbers that a vector instruction takes.
 _LANES = 8
@@ -59,7 +59,7 @@ def bands(pattern: Pattern, heads: int) -> tuple[list[Run], list[Band]]:
         for side in ("query", "key")
     )
     joinable = columns[0].blocks > 1 and pattern.x.border == "clamp"
-    if not joinable or heads * count * queries * keys > _CHUNK:
+    if not joinable or heads * count * queries * keys > INFERENCE:
         return rows, [Band([run]) for run in columns]
     widened = [_widened(run, pattern.x.length, longest) for run in columns]
     return rows, [Band(list(group)) for _, group in groupby(widened, key=lambda run: run.query.length)]
@@ -70,14 +70,14 @@ def _widened(run: Run, length: int, keys: int) -> Run:
     return run._replace(key=Span(min(run.key.start, length - keys), keys, run.key.offset), masked=True)
 
 
-def chunks(shape: tuple[int, ...], y: Run, band: Band, together: int = 0) -> Iterator[Chunk]:
+def chunks(shape: tuple[int, ...], y: Run, band: Band, size: int, together: int = 0) -> Iterator[Chunk]:
     """The chunks of a run of rows and a band for maps of `shape` `[B, H, W, heads, d]`.
 
-    `together` rows of tiles are in a chunk; without it as many as the cache holds.
+    A chunk has about `size` logits; `together` rows of tiles, or without it as many as there is room for.
     """
     x, many = band.runs[0], len(band.runs) > 1
     logits = shape[3] * y.query.length * x.query.length * y.key.length * x.key.length
-    most = max(_CHUNK // max(logits, 1), 1)
+    most = max(size // max(logits, 1), 1)
     # The columns of several runs have masks of their own, which serve one row of one image.
     columns = band.count if many else min(most, band.count)
     images = 1 if many else max(most // (columns * (1 if together else y.count)), 1)

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from ..dense import attend, attend_lse
 from ..precision import without_autocast
-from .chunks import as_matrices, as_tiles, band_biases, bands, chunks, has_small_tiles, key_tiles, query_tiles
+from .chunks import (
+    INFERENCE,
+    TRAINING,
+    as_matrices,
+    as_tiles,
+    band_biases,
+    bands,
+    chunks,
+    has_small_tiles,
+    key_tiles,
+    query_tiles,
+)
 from .pattern import Pattern
 from .pytorch_backward import attention_weights, local_attention_backward
 from .tiles import attention_of_tiles, by_groups, pad_keys
@@ -132,7 +143,7 @@ def _attend_chunks(
     rows, columns = bands(pattern, q.shape[3])
     for band in columns:
         for y, bias_of_y in zip(rows, band_biases(bias, pattern, rows, band, q)):
-            for chunk in chunks(q.shape, y, band):
+            for chunk in chunks(q.shape, y, band, INFERENCE if kept is None else TRAINING):
                 tiles = [query_tiles(q, chunk, y, band), *(key_tiles(x, chunk, y, band) for x in (k, v))]
                 query, key, value = (as_matrices(x, dtype) for x in tiles)
                 if small:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..precision import without_autocast
 from .chunks import (
+    TRAINING,
     Band,
     as_matrices,
     as_tiles,
@@ -109,7 +110,7 @@ def _chunks_backward(
         for y, bias_of_y in zip(rows, biases):
             shared = shares_keys(y)
             totals: list[Tensor] = []
-            for chunk in chunks(q.shape, y, band, _TOGETHER if shared else 0):
+            for chunk in chunks(q.shape, y, band, TRAINING, _TOGETHER if shared else 0):
                 steps = chunk.rows[1] if shared else 1
                 tall, chunk = stretched(y, chunk) if shared else (y, chunk)
                 tiles = [query_tiles(t, chunk, tall, band) for t in (q, grad, grad_lse) if t is not None]
