@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ Shape = tuple[int, int, int]  # images, height, width
 FORMATS: dict[Format, str] = {"program": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
 # Reordered sums of float32 differ by less than this part of the largest output.
 TOLERANCE = 1e-4
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ExportError(RuntimeError):
@@ -279,6 +282,9 @@ def _named(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
-def _reason(error: Exception, limit: int = 200) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException, limit: int = 200) -> str:
+    """The first line of what caused an error, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = (_COLOURS.sub("", str(error)).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= limit else f"{text[:limit]}..."

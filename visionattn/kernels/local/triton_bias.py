@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import LOG2_E, load_rows
+from ..triton_rows import LOG2_E, load_rows, padded_head_dim
 from .pattern import Pattern
 from .tiling import Tiling
 from .triton_geometry import (
@@ -79,14 +79,18 @@ def pair_tiling(
 ) -> PairTiling:
     """The tiling for the gradients of pairs, which are to be added up for that of the bias if `add`."""
     is_dense = add and bias is not None and bias.shape[1:] != pattern.table_shape
-    tiles, options = choose_tiling(q, bias, pattern, "query", is_dense, hip)
+    dim, args = padded_head_dim(q), (q, bias, pattern, "query", is_dense, hip)
+    most_others = 32 if dim > 32 and bias is not None else 64
+    tiles, options = choose_tiling(*args, most_others=most_others)
+    # Five products at once, and their sums where there is a bias, fill the registers.
+    if tiles.closed and dim > 64:
+        tiles, options = choose_tiling(*args, most_own=32, most_others=most_others)
     start, stop = tiles.start, tiles.stop
     if is_dense:
         start, stop = (0, 0), (pattern.y.key_window, pattern.x.key_window)
     sizes = tiles.others // tiles.strip, tiles.strip
     del options["SINGLE"], options["ZERO"]
     if tiles.closed and tiles.own == 64:
-        # Five products at once, and their sums where there is a bias, fill the registers.
         options |= {"num_warps": 4 if bias is None or hip else 8, "num_stages": 1}
     chunks = tuple(-(-(high - low) // size) for low, high, size in zip(start, stop, sizes))
     return PairTiling(tiles, options, is_dense, start, (chunks[0], chunks[1]))

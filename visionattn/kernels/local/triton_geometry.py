@@ -357,6 +357,8 @@ def choose_tiling(
     owner: Owner,
     in_block: bool = False,
     hip: bool = torch.version.hip is not None,
+    most_own: int = 64,
+    most_others: int = 64,
 ) -> tuple[Tiling, dict[str, Any]]:
     """The tiling for these shapes, and constants and options to launch a kernel with.
 
@@ -364,13 +366,18 @@ def choose_tiling(
     """
     dim = padded_head_dim(q)
     single = q.dtype == torch.float32
-    wide = single or dim > 64
+    wide, widest = single or dim > 64, dim > 128
     # Products in float32 do not run on matrix units and take registers for their operands.
-    most_own = 32 if dim > 128 or single else 64
-    tiles = tiling(pattern, owner, most_own, 32 if wide else 64, in_block)
-    if bias is not None and not tiles.single:
+    most_own = 32 if widest or single else most_own
+    most_others = 16 if widest else 32 if wide else most_others
+    tiles = tiling(pattern, owner, most_own, most_others, in_block)
+    gathers = bias is not None and not tiles.single
+    if gathers:
         # Every score gathers an entry, whose address takes two registers.
-        tiles = tiling(pattern, owner, most_own, 32, in_block)
+        tiles = tiling(pattern, owner, most_own, min(most_others, 32), in_block)
+    num_warps = (2 if tiles.own < 64 else 4) * (2 if wide and not hip else 1)
+    if widest or (single and dim > 32) or (owner == "key" and gathers and 32 < dim <= 64 and not hip):
+        num_warps *= 2
     return tiles, {
         "HEAD_DIM": q.shape[4],
         "BLOCK_D": dim,
@@ -381,6 +388,6 @@ def choose_tiling(
         "SINGLE": tiles.single,
         "ZERO": "zero" in (pattern.y.border, pattern.x.border),
         "PRECISION": precision(q),
-        "num_warps": (2 if tiles.own < 64 else 4) * (2 if wide and not hip else 1),
+        "num_warps": num_warps,
         "num_stages": 1 if wide else 2,
     }
