@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 
 from visionattn.engine.cli import run_command
@@ -37,6 +38,8 @@ class Started:
         os.dup2(self._writing, 2)
         sys.stderr = os.fdopen(2, "w", buffering=1)
         os.environ.update(environment)
+        # PyTorch makes its pool anew after a fork, which several threads must not do at once.
+        torch.set_num_threads(1)
         AcceleratorState._reset_state(reset_partial_state=True)
 
         def command() -> int:

@@ -180,7 +180,8 @@ def test_under_autocast(structure: str) -> None:
     exact = theirs(x)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = ours(x).float(), theirs(x).float()
-    assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max()
+    # The largest of few roundings is a matter of luck; their norm is not.
+    assert (found - exact).norm() <= 1.5 * (expected - exact).norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
