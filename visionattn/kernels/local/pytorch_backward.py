@@ -29,6 +29,7 @@ from .chunks import (
 from .pattern import Pattern, Run, Span
 from .tiles import (
     add_to_table,
+    by_axes,
     by_groups,
     has_whole_block,
     pad_keys,
@@ -221,17 +222,18 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 class _BiasSums:
     """Adds the gradients of logits up to that of a bias.
 
-    Those of tiles that are whole blocks, or parts of one that a border cuts, are added up in the block first.
+    Those of tiles that are whole blocks, or parts of one that a border cuts, are added up in the block: a
+    dense bias is one, and the sums of a table are taken from it at the end.
     """
 
     def __init__(self, pattern: Pattern, bias: Tensor, grad_bias: Tensor) -> None:
         self.pattern, self.grad_bias = pattern, grad_bias
-        y, x = pattern.y, pattern.x
         self.is_table = bias.shape[1:] == pattern.table_shape
         self.block = None
         if has_whole_block(pattern, self.is_table):
-            shape = y.window, x.window, y.key_window, x.key_window
-            self.block = grad_bias.new_zeros((bias.shape[0], *shape))
+            y, x = pattern.y, pattern.x
+            shape = bias.shape[0], y.window, x.window, y.key_window, x.key_window
+            self.block = grad_bias.new_zeros(shape) if self.is_table else by_axes(grad_bias, pattern)
 
     def add(self, totals: Sequence[Tensor], y: Run, band: Band) -> None:
         """Add the gradients `[heads, nq, nk]` of the logits of the runs of a band."""
@@ -245,13 +247,9 @@ class _BiasSums:
                 self._add_to_pairs(total, y, x)
 
     def finish(self) -> None:
-        """Add what the block holds."""
-        if self.block is None:
-            return
-        if self.is_table:
+        """Add what the block of a table holds."""
+        if self.is_table and self.block is not None:
             add_to_table(self.grad_bias, self.block, self.pattern, *whole_block(self.pattern))
-        else:
-            self.grad_bias += self.block.flatten(3).flatten(1, 2)
 
     def _add_to_pairs(self, dlogits: Tensor, y: Run, x: Run) -> None:
         """Add the gradient `[heads, qy, qx, ky, kx]` of the logits of a tile of several blocks."""
@@ -267,5 +265,4 @@ class _BiasSums:
             key_y.clamp(0, axes[0].key_window - 1)[:, None, :, None],
             key_x.clamp(0, axes[1].key_window - 1)[:, None, :],
         )
-        blocks = self.grad_bias.unflatten(2, (axes[0].key_window, -1)).unflatten(1, (axes[0].window, -1))
-        blocks.index_put_(where, dlogits, accumulate=True)
+        by_axes(self.grad_bias, self.pattern).index_put_(where, dlogits, accumulate=True)

@@ -232,7 +232,7 @@ def run_biases(
     is_table = bias is not None and bias.shape[1:] == pattern.table_shape
     block = None
     if bias is not None and has_whole_block(pattern, is_table):
-        block = from_table(bias, pattern, *whole_block(pattern)) if is_table else _by_axes(bias, pattern)
+        block = from_table(bias, pattern, *whole_block(pattern)) if is_table else by_axes(bias, pattern)
     seen: list[list[tuple[Tensor, ...]]] = [[], []]
     # Blocks need neither a mask nor a gather, so nothing is written out for windows.
     is_gathered = bias is not None and block is None and not is_table
@@ -331,6 +331,6 @@ def part_of_block(block: Tensor, y: Run, x: Run) -> Tensor:
     return block
 
 
-def _by_axes(bias: Tensor, pattern: Pattern) -> Tensor:
+def by_axes(bias: Tensor, pattern: Pattern) -> Tensor:
     """A dense bias `[heads, nq, nk]` as `[heads, qy, qx, ky, kx]`."""
     return bias.unflatten(2, (pattern.y.key_window, -1)).unflatten(1, (pattern.y.window, -1))
