@@ -8,10 +8,10 @@
 >>> y = visionattn.kernels.window_attention(q, k, v, window_size=7)
 """
 
-from . import kernels, models
-from .checkpoints import identify, load_checkpoint, save_checkpoint
-from .inference import run_within
-from .integrations.timm_attention import accelerate, restore
+from visionattn import kernels, models
+from visionattn.checkpoints import identify, load_checkpoint, save_checkpoint
+from visionattn.inference import run_within
+from visionattn.integrations.timm_attention import accelerate, restore
 
 __version__ = "0.1.0"
 __all__ = [

@@ -11,8 +11,7 @@ import timm.models
 from torch import nn
 
 from visionattn import accelerate, restore
-
-from .formulations import Formulation
+from visionattn.benchmark.formulations import Formulation
 
 
 @dataclass(frozen=True)

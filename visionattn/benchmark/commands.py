@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
+from visionattn.benchmark import kernels, memory, models, report, scaling, simulation
 from visionattn.engine.errors import InputError, as_input_error
 from visionattn.engine.yaml_io import parse_pairs
-
-from . import kernels, memory, models, report, scaling, simulation
 
 
 def compare_models(

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visionattn.benchmark.cases import CASES, Case
+from visionattn.benchmark.measure import Call, Timing, peak_memory, time_in_turn
+from visionattn.benchmark.peers import peers_of
+from visionattn.benchmark.report import Page, memory_cell, time_cell
 from visionattn.engine.errors import InputError, nearest, one_line
 from visionattn.kernels import BACKENDS, explain, use_backend
-
-from .cases import CASES, Case
-from .measure import Call, Timing, peak_memory, time_in_turn
-from .peers import peers_of
-from .report import Page, memory_cell, time_cell
 
 # Above so many pairs of pixels and heads, dense attention over them takes tens of gigabytes and minutes.
 _MOST_PAIRS = 2**28

@@ -16,16 +16,15 @@ import timm
 import torch
 from torch import Tensor
 
+from visionattn.benchmark.formulations import FORMULATIONS
+from visionattn.benchmark.measure import Timing, seconds_of, summary
+from visionattn.benchmark.models import formulation_of
+from visionattn.benchmark.report import Page, memory_cell
+from visionattn.benchmark.zoo import model_names
 from visionattn.engine.errors import InputError, as_input_error, nearest
 from visionattn.engine.yaml_io import dump_value
 from visionattn.inference.memory import parse_bytes, run_within
 from visionattn.layers.bands import count_bytes
-
-from .formulations import FORMULATIONS
-from .measure import Timing, seconds_of, summary
-from .models import formulation_of
-from .report import Page, memory_cell
-from .zoo import model_names
 
 _AUTHORS, _WHOLE = "authors", "whole image"
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

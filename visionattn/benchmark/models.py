@@ -11,13 +11,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from visionattn.benchmark.accelerated import timm_formulation
+from visionattn.benchmark.formulations import FORMULATIONS, Formulation
+from visionattn.benchmark.measure import Call, Timing, peak_memory, time_in_turn
+from visionattn.benchmark.report import Page, memory_cell, time_cell
+from visionattn.benchmark.zoo import model_names
 from visionattn.engine.errors import InputError, as_input_error, nearest
-
-from .accelerated import timm_formulation
-from .formulations import FORMULATIONS, Formulation
-from .measure import Call, Timing, peak_memory, time_in_turn
-from .report import Page, memory_cell, time_cell
-from .zoo import model_names
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.benchmark.cases import Case
+from visionattn.benchmark.formulations.biformer import gathered_attention
+from visionattn.benchmark.formulations.hat import (
+    rolled_window_attention,
+    shift_mask,
+    unfolded_window_attention,
+)
+from visionattn.benchmark.formulations.windows import merge, window_heads
 from visionattn.kernels.local.pattern import Axis, Pattern
 from visionattn.kernels.local.reference import bias_of_pairs
-
-from .cases import Case
-from .formulations.biformer import gathered_attention
-from .formulations.hat import rolled_window_attention, shift_mask, unfolded_window_attention
-from .formulations.windows import merge, window_heads
 
 Peer = Callable[..., Tensor]
 

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from visionattn.benchmark.measure import Timing, clock_name
 from visionattn.engine.run_folder import replacing
-
-from .measure import Timing, clock_name
 
 
 class Row(Protocol):

@@ -11,11 +11,10 @@ from typing import Any
 import timm
 import torch
 
+from visionattn.benchmark.measure import Timing, peak_memory, time_in_turn
+from visionattn.benchmark.report import Page, memory_cell, time_cell
+from visionattn.benchmark.zoo import model_names
 from visionattn.engine.errors import InputError, as_input_error, nearest
-
-from .measure import Timing, peak_memory, time_in_turn
-from .report import Page, memory_cell, time_cell
-from .zoo import model_names
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,15 @@ stands what is common to all: reading without running code, saying which network
 what does not fit.
 """
 
-from .conversion import convert_checkpoint, official_state_dict, save_folder, save_official
-from .identify import Identity, identify, load_network
-from .loading import LoadReport, load_checkpoint, save_checkpoint
-from .reading import CheckpointError, read_checkpoint, unwrap_state_dict
+from visionattn.checkpoints.conversion import (
+    convert_checkpoint,
+    official_state_dict,
+    save_folder,
+    save_official,
+)
+from visionattn.checkpoints.identify import Identity, identify, load_network
+from visionattn.checkpoints.loading import LoadReport, load_checkpoint, save_checkpoint
+from visionattn.checkpoints.reading import CheckpointError, read_checkpoint, unwrap_state_dict
 
 __all__ = [
     "CheckpointError",

@@ -16,9 +16,9 @@ from timm.models._features import FeatureGetterNet
 from timm.models._hub import save_config_for_hf, save_for_hf
 from torch import Tensor, nn
 
-from .identify import Identity, backbone_of, identify, layout_of
-from .loading import load_checkpoint, replacing_whole, save_checkpoint, write_weights
-from .reading import CheckpointError, read_checkpoint
+from visionattn.checkpoints.identify import Identity, backbone_of, identify, layout_of
+from visionattn.checkpoints.loading import load_checkpoint, replacing_whole, save_checkpoint, write_weights
+from visionattn.checkpoints.reading import CheckpointError, read_checkpoint
 
 
 def convert_checkpoint(

@@ -17,10 +17,15 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 import visionattn.models
+from visionattn.checkpoints.loading import LoadReport, compare, convert, load_checkpoint
+from visionattn.checkpoints.reading import (
+    CheckpointError,
+    few,
+    read_checkpoint,
+    read_metadata,
+    unwrap_with_path,
+)
 from visionattn.models._layout import Layout, Shapes, Variant
-
-from .loading import LoadReport, compare, convert, load_checkpoint
-from .reading import CheckpointError, few, read_checkpoint, read_metadata, unwrap_with_path
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 # Of a detector's or segmenter's weights, those of its backbone.

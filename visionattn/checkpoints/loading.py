@@ -16,7 +16,7 @@ from timm.models._features import FeatureGetterNet
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .reading import CheckpointError, few, read_checkpoint, unwrap_state_dict
+from visionattn.checkpoints.reading import CheckpointError, few, read_checkpoint, unwrap_state_dict
 
 # Under which names detectors and segmenters hold their backbone: our own, then the authors'.
 _BACKBONES = ("backbone.body.model.", "backbone.body.", "backbone.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from .images import ImageError, open_image, to_tensor
+from visionattn.data.images import ImageError, open_image, to_tensor
 
 _ROUNDING = 1.0  # pixels by which a box or an outline may pass the border of the image
 

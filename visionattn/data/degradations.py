@@ -17,8 +17,8 @@ from numpy.random import RandomState
 from PIL import Image
 from torch import Tensor
 
-from .images import to_pil
-from .ranges import QualityRange
+from visionattn.data.images import to_pil
+from visionattn.data.ranges import QualityRange
 
 
 def imresize(x: Tensor, scale: float, *, antialias: bool = True) -> Tensor:

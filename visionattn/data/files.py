@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .images import EXTENSIONS, ImageError, list_images, open_image, to_grey, to_tensor
+from visionattn.data.images import EXTENSIONS, ImageError, list_images, open_image, to_grey, to_tensor
 
 CUBE_EXTENSIONS = frozenset({".npy", ".mat"})
 _SHOWN_PROBLEMS = 3

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from .images import EXTENSIONS, ImageError, open_image, to_tensor
+from visionattn.data.images import EXTENSIONS, ImageError, open_image, to_tensor
 
 IGNORED = 255  # pixels of this value in a class map are neither learned nor judged
 

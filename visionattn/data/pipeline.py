@@ -18,11 +18,11 @@ import pydantic
 from numpy.random import RandomState
 from torch import Tensor
 
-from .blur import blur
-from .degradations import bicubic, jpeg, quantize
-from .haze import haze
-from .noise import gaussian_noise, hyperspectral_noise, poisson_noise
-from .real_world import real_world
+from visionattn.data.blur import blur
+from visionattn.data.degradations import bicubic, jpeg, quantize
+from visionattn.data.haze import haze
+from visionattn.data.noise import gaussian_noise, hyperspectral_noise, poisson_noise
+from visionattn.data.real_world import real_world
 
 STEPS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function

@@ -12,8 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .files import import_lmdb, list_by_stem
-from .images import open_image
+from visionattn.data.files import import_lmdb, list_by_stem
+from visionattn.data.images import open_image
 
 _PNG_LEVEL = 1  # BasicSR's: decoding is what must be fast
 

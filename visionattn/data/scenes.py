@@ -29,11 +29,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .coco import encode_mask
-from .digits import CLASS_NAMES as DIGIT_NAMES
-from .digits import Digits
-from .images import open_image
-from .photographs import photograph_files
+from visionattn.data.coco import encode_mask
+from visionattn.data.digits import CLASS_NAMES as DIGIT_NAMES
+from visionattn.data.digits import Digits
+from visionattn.data.images import open_image
+from visionattn.data.photographs import photograph_files
 
 Split = Literal["train", "validation"]
 CLASS_NAMES = ("background", *DIGIT_NAMES)

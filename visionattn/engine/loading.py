@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from .config import TrainConfig
-from .distributed import process_count, process_index
-from .errors import InputError, RunError
+from visionattn.engine.config import TrainConfig
+from visionattn.engine.distributed import process_count, process_index
+from visionattn.engine.errors import InputError, RunError
 
 _PURPOSES = ("weights", "samples", "updates")
 

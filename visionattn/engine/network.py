@@ -9,9 +9,8 @@ import timm
 from torch import nn
 
 from visionattn.checkpoints import load_checkpoint
-
-from .config import ModelConfig
-from .errors import InputError, as_input_error, nearest
+from visionattn.engine.config import ModelConfig
+from visionattn.engine.errors import InputError, as_input_error, nearest
 
 
 def create_network(config: ModelConfig, **kwargs: Any) -> nn.Module:

@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .config import RunConfig
-from .run_folder import replacing, writing
-from .state import TrainingState
+from visionattn.engine.config import RunConfig
+from visionattn.engine.run_folder import replacing, writing
+from visionattn.engine.state import TrainingState
 
 
 class CsvLog:

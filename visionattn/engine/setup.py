@@ -20,10 +20,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from .config import EmaConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
-from .errors import InputError, as_input_error, nearest
-from .sharding import shard
-from .task import Task
+from visionattn.engine.config import EmaConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from visionattn.engine.errors import InputError, as_input_error, nearest
+from visionattn.engine.sharding import shard
+from visionattn.engine.task import Task
 
 _SUPPORTED = (
     DistributedType.NO,

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from .distributed import process_count
+from visionattn.engine.distributed import process_count
 
 # Smaller blocks are gathered with what surrounds them: a message of a few kilobytes costs its latency.
 _UNIT = 1_000_000  # parameters

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .config import RunConfig
+from visionattn.engine.config import RunConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,8 +14,7 @@ import timm
 import torch
 
 from visionattn.checkpoints.loading import replacing_whole
-
-from .export import (
+from visionattn.integrations.export import (
     FORMATS,
     Exported,
     ExportError,

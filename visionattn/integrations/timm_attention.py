@@ -12,7 +12,7 @@ from timm.layers.halo_attn import HaloAttn
 from timm.models import davit, maxxvit, swin_transformer, swin_transformer_v2
 from torch import nn
 
-from . import timm_blocks, timm_windows
+from visionattn.integrations import timm_blocks, timm_windows
 
 _KERNELS: dict[type[nn.Module], type[nn.Module]] = {
     swin_transformer.SwinTransformerBlock: timm_blocks.FusedSwinBlock,

@@ -17,10 +17,16 @@ from timm.layers.halo_attn import HaloAttn
 from timm.models import davit, maxxvit, swin_transformer, swin_transformer_v2
 from torch import Tensor
 
+from visionattn.integrations.timm_parts import (
+    Size,
+    bias_table,
+    cosine_qkv,
+    cosine_table,
+    drops_weights,
+    flipped_table,
+)
 from visionattn.kernels import grid_attention, window_attention
 from visionattn.layers.maps import extend_to, fill_up, on_nhwc
-
-from .timm_parts import Size, bias_table, cosine_qkv, cosine_table, drops_weights, flipped_table
 
 
 class FusedSwinBlock(swin_transformer.SwinTransformerBlock):

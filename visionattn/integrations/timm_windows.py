@@ -11,10 +11,16 @@ from timm.layers import RelPosBiasTf
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor
 
+from visionattn.integrations.timm_parts import (
+    Size,
+    cosine_qkv,
+    cosine_table,
+    dense_bias,
+    drops_weights,
+    flipped_table,
+)
 from visionattn.kernels.dense import attend
 from visionattn.layers.linear import Linear
-
-from .timm_parts import Size, cosine_qkv, cosine_table, dense_bias, drops_weights, flipped_table
 
 
 class FusedWindowAttention(swin_transformer.WindowAttention):

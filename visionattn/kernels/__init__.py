@@ -4,17 +4,17 @@ Layout, bias and scale: `local/op.py`. Which implementation a call runs and why:
 the environment variable `VISIONATTN_BACKEND` forces one.
 """
 
-from .dispatch import BACKENDS, Choice, explain, use_backend
-from .linear.op import agent_attention, linear_attention
-from .local.op import (
+from visionattn.kernels.dispatch import BACKENDS, Choice, explain, use_backend
+from visionattn.kernels.linear.op import agent_attention, linear_attention
+from visionattn.kernels.local.op import (
     grid_attention,
     neighborhood_attention,
     overlapping_window_attention,
     window_attention,
 )
-from .merge import merge_attention
-from .routed.op import routed_attention
-from .routed.selection import antidiagonal_regions, topk_regions
+from visionattn.kernels.merge import merge_attention
+from visionattn.kernels.routed.op import routed_attention
+from visionattn.kernels.routed.selection import antidiagonal_regions, topk_regions
 
 __all__ = [
     "BACKENDS",

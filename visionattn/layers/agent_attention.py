@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels import agent_attention
-from ..kernels.checks import pair
-from .linear import Linear
-from .maps import add_to_map, as_tokens, is_known_to_be, on_nhwc
+from visionattn.kernels import agent_attention
+from visionattn.kernels.checks import pair
+from visionattn.layers.linear import Linear
+from visionattn.layers.maps import add_to_map, as_tokens, is_known_to_be, on_nhwc
 
 # Biases that are kept between calls, in numbers per layer: all of them up to 512 x 512 images. Those of
 # larger maps would hold more memory than the features.

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..kernels import routed_attention, topk_regions
-from .linear import Linear
-from .maps import extend_to, fill_up, on_nhwc
+from visionattn.kernels import routed_attention, topk_regions
+from visionattn.layers.linear import Linear
+from visionattn.layers.maps import extend_to, fill_up, on_nhwc
 
 
 class BiLevelRoutingAttention(nn.Module):

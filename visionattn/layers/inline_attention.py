@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention
-from .linear import Linear
-from .maps import add_to_map, as_tokens, on_nhwc
+from visionattn.kernels import linear_attention
+from visionattn.layers.linear import Linear
+from visionattn.layers.maps import add_to_map, as_tokens, on_nhwc
 
 
 class InLineAttention2d(nn.Module):

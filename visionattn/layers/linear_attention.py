@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import linear_attention
-from .linear import Linear
+from visionattn.kernels import linear_attention
+from visionattn.layers.linear import Linear
 
 
 class LinearAttention2d(nn.Module):

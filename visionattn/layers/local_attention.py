@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels import neighborhood_attention, overlapping_window_attention
-from ..kernels.local.pattern import Border
-from .linear import Linear
+from visionattn.kernels import neighborhood_attention, overlapping_window_attention
+from visionattn.kernels.local.pattern import Border
+from visionattn.layers.linear import Linear
 
 
 class _LocalAttention2d(nn.Module):

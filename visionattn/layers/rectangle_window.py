@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import window_attention
-from .bands import by_bands
-from .linear import Linear
-from .maps import is_needed, on_nhwc
+from visionattn.kernels import window_attention
+from visionattn.layers.bands import by_bands
+from visionattn.layers.linear import Linear
+from visionattn.layers.maps import is_needed, on_nhwc
 
 
 class DynamicPositionBias(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from .bands import by_bands
-from .maps import on_nhwc
+from visionattn.layers.bands import by_bands
+from visionattn.layers.maps import on_nhwc
 
 
 class ResidualGroup(nn.Module):

@@ -8,9 +8,9 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels import window_attention
-from .linear import Linear
-from .maps import fill_up
+from visionattn.kernels import window_attention
+from visionattn.layers.linear import Linear
+from visionattn.layers.maps import fill_up
 
 
 class WindowAttention2d(nn.Module):

@@ -4,20 +4,20 @@ import argparse
 
 import torch
 
-from . import agent_attention, inline_attention
-from ._deit import DeiT
-from ._hosts import PVT, CSwin, Swin
-from ._restoration import RestorationInfo
-from .biformer import BiFormer
-from .catanet import CATANet
-from .cfsr import CFSR
-from .craft import CRAFT
-from .hat import HAT
-from .hsdt import HSDT
-from .l2vit import L2ViT
-from .nat import NAT
-from .rgt import RGT
-from .sha_dehaze import PMNet
+from visionattn.models import agent_attention, inline_attention
+from visionattn.models._deit import DeiT
+from visionattn.models._hosts import PVT, CSwin, Swin
+from visionattn.models._restoration import RestorationInfo
+from visionattn.models.biformer import BiFormer
+from visionattn.models.catanet import CATANet
+from visionattn.models.cfsr import CFSR
+from visionattn.models.craft import CRAFT
+from visionattn.models.hat import HAT
+from visionattn.models.hsdt import HSDT
+from visionattn.models.l2vit import L2ViT
+from visionattn.models.nat import NAT
+from visionattn.models.rgt import RGT
+from visionattn.models.sha_dehaze import PMNet
 
 __all__ = [
     "CFSR",

@@ -9,7 +9,7 @@ from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ._shared import check_size
+from visionattn.models._shared import check_size
 
 
 class CheckpointedStage(nn.Module):

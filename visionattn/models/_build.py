@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._deit import DeiT
-from ._deit import checkpoint_filter_fn as deit_filter_fn
-from ._hosts import checkpoint_filter_fn as pyramid_filter_fn
-from ._layout import build
+from visionattn.models._deit import DeiT
+from visionattn.models._deit import checkpoint_filter_fn as deit_filter_fn
+from visionattn.models._hosts import checkpoint_filter_fn as pyramid_filter_fn
+from visionattn.models._layout import build
 
 
 def host_cfg(host: type[nn.Module], url: str, size: int, **kwargs: Any) -> dict[str, Any]:

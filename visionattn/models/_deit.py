@@ -14,12 +14,12 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from ..kernels.checks import pair
-from ..layers.linear import Linear
-from ._hosts import Attention, Size, fit_tables, resize_tokens, square
-from ._layout import Layout, Names, Shapes, Weights, classes_of, unwrap
-from ._pyramid import Block, convolve, init_linear
-from ._shared import check_size, drop_path_rates
+from visionattn.kernels.checks import pair
+from visionattn.layers.linear import Linear
+from visionattn.models._hosts import Attention, Size, fit_tables, resize_tokens, square
+from visionattn.models._layout import Layout, Names, Shapes, Weights, classes_of, unwrap
+from visionattn.models._pyramid import Block, convolve, init_linear
+from visionattn.models._shared import check_size, drop_path_rates
 
 
 class SoftmaxAttention(nn.Module):

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels import window_attention
-from ..kernels.checks import pair
-from ..layers import WindowAttention2d
-from ..layers.linear import Linear
-from ..layers.maps import fill_up, is_known_to_be, on_nhwc
-from ._layout import (
+from visionattn.kernels import window_attention
+from visionattn.kernels.checks import pair
+from visionattn.layers import WindowAttention2d
+from visionattn.layers.linear import Linear
+from visionattn.layers.maps import fill_up, is_known_to_be, on_nhwc
+from visionattn.models._layout import (
     CLASSIFIER,
     Layout,
     Names,
@@ -33,8 +33,8 @@ from ._layout import (
     unwrap,
     window_index,
 )
-from ._pyramid import Block, Pyramid, Stage, convolve
-from ._shared import drop_path_rates
+from visionattn.models._pyramid import Block, Pyramid, Stage, convolve
+from visionattn.models._shared import drop_path_rates
 
 # Called as `attention(dim, num_heads, stage=i, size=(height, width), device=..., dtype=...)`, the size being
 # that of the stage's map at the training size.

@@ -15,10 +15,10 @@ from timm.layers import ClassifierHead, DropPath, trunc_normal_
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from ..layers.linear import Mlp, add_pixelwise, linear
-from ..layers.maps import on_nhwc
-from ._backbone import Backbone, CheckpointedStage
-from ._shared import check_size
+from visionattn.layers.linear import Mlp, add_pixelwise, linear
+from visionattn.layers.maps import on_nhwc
+from visionattn.models._backbone import Backbone, CheckpointedStage
+from visionattn.models._shared import check_size
 
 # So many weights for a number of the patches make a product of patches faster than a convolution.
 _WEIGHTS_PER_NUMBER = 4

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.bands import by_bands
-from ..layers.maps import on_nhwc
-from ._layout import Shapes, build
+from visionattn.layers.bands import by_bands
+from visionattn.layers.maps import on_nhwc
+from visionattn.models._layout import Shapes, build
 
 RestorationTask = Literal[
     "super-resolution",

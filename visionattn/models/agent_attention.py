@@ -13,11 +13,11 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import AgentAttention2d
-from ._build import build_host, host_cfg
-from ._deit import DeiT, deit_arguments, deit_layout
-from ._hosts import PVT, Attention, CSwin, Size, Swin, host_arguments, host_layouts
-from ._layout import Shapes
+from visionattn.layers import AgentAttention2d
+from visionattn.models._build import build_host, host_cfg
+from visionattn.models._deit import DeiT, deit_arguments, deit_layout
+from visionattn.models._hosts import PVT, Attention, CSwin, Size, Swin, host_arguments, host_layouts
+from visionattn.models._layout import Shapes
 
 __all__: list[str] = []
 

@@ -18,12 +18,12 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from ..layers import BiLevelRoutingAttention
-from ..layers.linear import Linear, Mlp, add_pixelwise
-from ..layers.maps import on_nhwc
-from ._backbone import Backbone, CheckpointedStage
-from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
-from ._shared import drop_path_rates
+from visionattn.layers import BiLevelRoutingAttention
+from visionattn.layers.linear import Linear, Mlp, add_pixelwise
+from visionattn.layers.maps import on_nhwc
+from visionattn.models._backbone import Backbone, CheckpointedStage
+from visionattn.models._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
+from visionattn.models._shared import drop_path_rates
 
 __all__ = ["BiFormer"]
 

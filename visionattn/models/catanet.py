@@ -20,13 +20,13 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from ..kernels import window_attention
-from ..kernels.precision import at_least_float32, without_autocast
-from ..layers.bands import by_bands, fold_by_bands
-from ..layers.linear import Linear
-from ..layers.maps import mirror_index, on_nhwc
-from ._layout import Layout, Names, Shapes, Weights, converter
-from ._restoration import (
+from visionattn.kernels import window_attention
+from visionattn.kernels.precision import at_least_float32, without_autocast
+from visionattn.layers.bands import by_bands, fold_by_bands
+from visionattn.layers.linear import Linear
+from visionattn.layers.maps import mirror_index, on_nhwc
+from visionattn.models._layout import Layout, Names, Shapes, Weights, converter
+from visionattn.models._restoration import (
     TAIL_HALO,
     RestorationInfo,
     build_restoration,
@@ -35,7 +35,7 @@ from ._restoration import (
     upsampler,
     upscale_of,
 )
-from ._shared import check_size
+from visionattn.models._shared import check_size
 
 __all__ = ["CATANet"]
 

@@ -16,9 +16,15 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from ..layers.bands import by_bands
-from ._layout import Layout, Names, Shapes, Weights, unwrap
-from ._restoration import DIV2K_MEAN, RestorationInfo, RestorationTask, build_restoration, run_body
+from visionattn.layers.bands import by_bands
+from visionattn.models._layout import Layout, Names, Shapes, Weights, unwrap
+from visionattn.models._restoration import (
+    DIV2K_MEAN,
+    RestorationInfo,
+    RestorationTask,
+    build_restoration,
+    run_body,
+)
 
 __all__ = ["CFSR"]
 

@@ -18,21 +18,30 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..kernels.precision import at_least_float32, without_autocast
-from ..layers.bands import by_bands, fold_by_bands
-from ..layers.linear import Linear, Mlp
-from ..layers.maps import is_needed, mirror_index, on_nhwc
-from ..layers.rectangle_window import RectangleWindowAttention
-from ..layers.residual_group import ResidualGroup
-from ._layout import Layout, Names, Shapes, Weights, converter, window_index, window_of, window_offsets
-from ._restoration import (
+from visionattn.kernels.precision import at_least_float32, without_autocast
+from visionattn.layers.bands import by_bands, fold_by_bands
+from visionattn.layers.linear import Linear, Mlp
+from visionattn.layers.maps import is_needed, mirror_index, on_nhwc
+from visionattn.layers.rectangle_window import RectangleWindowAttention
+from visionattn.layers.residual_group import ResidualGroup
+from visionattn.models._layout import (
+    Layout,
+    Names,
+    Shapes,
+    Weights,
+    converter,
+    window_index,
+    window_of,
+    window_offsets,
+)
+from visionattn.models._restoration import (
     DIV2K_MEAN,
     RestorationInfo,
     build_restoration,
     run_body,
     super_resolution_cfg,
 )
-from ._shared import check_size
+from visionattn.models._shared import check_size
 
 __all__ = ["CRAFT"]
 

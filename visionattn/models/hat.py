@@ -16,12 +16,12 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from ..kernels import overlapping_window_attention, window_attention
-from ..layers.bands import by_bands
-from ..layers.linear import Linear, Mlp
-from ..layers.maps import on_nhwc
-from ._layout import Layout, Names, Shapes, Weights, converter, window_index
-from ._restoration import (
+from visionattn.kernels import overlapping_window_attention, window_attention
+from visionattn.layers.bands import by_bands
+from visionattn.layers.linear import Linear, Mlp
+from visionattn.layers.maps import on_nhwc
+from visionattn.models._layout import Layout, Names, Shapes, Weights, converter, window_index
+from visionattn.models._restoration import (
     DIV2K_MEAN,
     TAIL_HALO,
     RestorationInfo,
@@ -32,7 +32,7 @@ from ._restoration import (
     upsampler,
     upscale_of,
 )
-from ._shared import drop_path_rates
+from visionattn.models._shared import drop_path_rates
 
 __all__ = ["HAT"]
 

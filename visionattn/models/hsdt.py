@@ -17,10 +17,10 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from ..layers.bands import by_bands
-from ..layers.linear import Linear
-from ._layout import Layout, Names, Shapes, Weights, converter
-from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
+from visionattn.layers.bands import by_bands
+from visionattn.layers.linear import Linear
+from visionattn.models._layout import Layout, Names, Shapes, Weights, converter
+from visionattn.models._restoration import RestorationInfo, build_restoration, pad_to_multiple
 
 __all__ = ["HSDT", "HSDTSSR"]
 

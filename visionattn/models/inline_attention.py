@@ -11,10 +11,10 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import InLineAttention2d
-from ._build import build_host, host_cfg
-from ._deit import DeiT, deit_arguments, deit_layout
-from ._hosts import PVT, CSwin, Size, StreamBlock, Swin, host_arguments, host_layouts
+from visionattn.layers import InLineAttention2d
+from visionattn.models._build import build_host, host_cfg
+from visionattn.models._deit import DeiT, deit_arguments, deit_layout
+from visionattn.models._hosts import PVT, CSwin, Size, StreamBlock, Swin, host_arguments, host_layouts
 
 __all__: list[str] = []
 

@@ -14,11 +14,11 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers import LinearAttention2d, WindowAttention2d
-from ..layers.maps import fill_up, on_nhwc
-from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
-from ._pyramid import Block, Pyramid, Stage, convolve
-from ._shared import drop_path_rates
+from visionattn.layers import LinearAttention2d, WindowAttention2d
+from visionattn.layers.maps import fill_up, on_nhwc
+from visionattn.models._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
+from visionattn.models._pyramid import Block, Pyramid, Stage, convolve
+from visionattn.models._shared import drop_path_rates
 
 __all__ = ["L2ViT"]
 

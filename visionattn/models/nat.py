@@ -18,12 +18,22 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from ..layers import NeighborhoodAttention2d
-from ..layers.linear import Linear, Mlp, add_pixelwise
-from ..layers.maps import is_needed
-from ._backbone import Backbone, CheckpointedStage
-from ._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter, window_index
-from ._shared import drop_path_rates
+from visionattn.layers import NeighborhoodAttention2d
+from visionattn.layers.linear import Linear, Mlp, add_pixelwise
+from visionattn.layers.maps import is_needed
+from visionattn.models._backbone import Backbone, CheckpointedStage
+from visionattn.models._layout import (
+    CLASSIFIER,
+    Layout,
+    Names,
+    Shapes,
+    Weights,
+    build,
+    classes_of,
+    converter,
+    window_index,
+)
+from visionattn.models._shared import drop_path_rates
 
 __all__ = ["NAT", "TASK_DILATIONS"]
 

@@ -17,12 +17,12 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers.bands import by_bands
-from ..layers.linear import Linear
-from ..layers.maps import on_nhwc
-from ..layers.rectangle_window import RectangleWindowAttention
-from ..layers.residual_group import ResidualGroup
-from ._layout import (
+from visionattn.layers.bands import by_bands
+from visionattn.layers.linear import Linear
+from visionattn.layers.maps import on_nhwc
+from visionattn.layers.rectangle_window import RectangleWindowAttention
+from visionattn.layers.residual_group import ResidualGroup
+from visionattn.models._layout import (
     Layout,
     Names,
     Shapes,
@@ -33,7 +33,7 @@ from ._layout import (
     window_of,
     window_offsets,
 )
-from ._restoration import (
+from visionattn.models._restoration import (
     DIV2K_MEAN,
     TAIL_HALO,
     RestorationInfo,
@@ -43,7 +43,7 @@ from ._restoration import (
     upsampler,
     upscale_of,
 )
-from ._shared import check_size
+from visionattn.models._shared import check_size
 
 __all__ = ["RGT"]
 

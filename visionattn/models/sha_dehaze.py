@@ -18,9 +18,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from ..layers.bands import by_bands, fold_by_bands
-from ._layout import Layout, Shapes
-from ._restoration import RestorationInfo, build_restoration, pad_to_multiple
+from visionattn.layers.bands import by_bands, fold_by_bands
+from visionattn.models._layout import Layout, Shapes
+from visionattn.models._restoration import RestorationInfo, build_restoration, pad_to_multiple
 
 __all__ = ["Dehazed", "PMNet"]
 

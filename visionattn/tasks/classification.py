@@ -22,8 +22,7 @@ from visionattn.engine.errors import InputError, as_input_error
 from visionattn.engine.loading import make_eval_loader, make_train_loader
 from visionattn.engine.network import create_network
 from visionattn.engine.task import Task
-
-from .labelled_images import (
+from visionattn.tasks.labelled_images import (
     ClassificationData,
     class_indices,
     open_images,

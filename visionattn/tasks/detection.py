@@ -22,9 +22,8 @@ from visionattn.engine.distributed import gather_objects, process_index
 from visionattn.engine.errors import InputError, as_input_error
 from visionattn.engine.loading import make_eval_loader, make_train_loader
 from visionattn.engine.task import Task
-
-from .comparison import draw_comparison
-from .dense import (
+from visionattn.tasks.comparison import draw_comparison
+from visionattn.tasks.dense import (
     DenseConfig,
     DenseData,
     load_weights,
@@ -32,9 +31,9 @@ from .dense import (
     remove_broken_images,
     scenes_root,
 )
-from .detectors import DetectorOptions, create_detector
-from .drawing import draw_objects, in_square
-from .transforms import RandomScale, RandomSizedCrop, listed, plain
+from visionattn.tasks.detectors import DetectorOptions, create_detector
+from visionattn.tasks.drawing import draw_objects, in_square
+from visionattn.tasks.transforms import RandomScale, RandomSizedCrop, listed, plain
 
 _PICTURED_IMAGES = 4
 _PICTURED_SCORE = 0.3

@@ -26,8 +26,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from visionattn.engine.config import ModelConfig, Section
 from visionattn.engine.errors import InputError, as_input_error, nearest
-
-from .dense import BackboneOptions, DenseBackbone, DenseData, create_body, pixel_statistics
+from visionattn.tasks.dense import BackboneOptions, DenseBackbone, DenseData, create_body, pixel_statistics
 
 
 class DetectorOptions(Section):

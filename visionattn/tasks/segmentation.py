@@ -24,12 +24,24 @@ from visionattn.engine.distributed import sum_over_processes
 from visionattn.engine.errors import InputError, as_input_error
 from visionattn.engine.loading import make_eval_loader, make_train_loader
 from visionattn.engine.task import Task
-
-from .comparison import draw_comparison
-from .dense import DenseConfig, DenseData, load_weights, pixel_statistics, remove_broken_images, scenes_root
-from .drawing import draw_classes, in_square
-from .segmenters import InferenceOptions, Segmenter, SegmenterOptions, create_segmenter, segment
-from .transforms import RandomScale, VariedCrop, listed, plain
+from visionattn.tasks.comparison import draw_comparison
+from visionattn.tasks.dense import (
+    DenseConfig,
+    DenseData,
+    load_weights,
+    pixel_statistics,
+    remove_broken_images,
+    scenes_root,
+)
+from visionattn.tasks.drawing import draw_classes, in_square
+from visionattn.tasks.segmenters import (
+    InferenceOptions,
+    Segmenter,
+    SegmenterOptions,
+    create_segmenter,
+    segment,
+)
+from visionattn.tasks.transforms import RandomScale, VariedCrop, listed, plain
 
 _PICTURED_IMAGES = 4
 

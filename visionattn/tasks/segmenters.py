@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from visionattn.engine.config import ModelConfig, Section
 from visionattn.layers.segmentation_heads import FPN, FCNHead, FPNHead, UPerHead, resize
-
-from .dense import BackboneOptions, DenseBackbone, create_body
-from .transforms import fitted_size
+from visionattn.tasks.dense import BackboneOptions, DenseBackbone, create_body
+from visionattn.tasks.transforms import fitted_size
 
 
 class SegmenterOptions(Section):

@@ -8,7 +8,7 @@ memory is that of the formulation.
 
 from __future__ import annotations
 
-from . import (
+from visionattn.benchmark.formulations import (
     agent_attention,
     biformer,
     catanet,
@@ -21,7 +21,7 @@ from . import (
     rgt,
     sha_dehaze,
 )
-from .formulation import Formulation
+from visionattn.benchmark.formulations.formulation import Formulation
 
 FORMULATIONS: dict[str, Formulation] = {
     "agent_attention": agent_attention.FORMULATION,

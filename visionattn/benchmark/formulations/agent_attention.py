@@ -7,12 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import visionattn
+from visionattn.benchmark.formulations.formulation import Formulation
+from visionattn.benchmark.formulations.linear_hosts import (
+    FUNCTIONS,
+    Size,
+    add_to_map,
+    one_window,
+    project,
+    project_apart,
+)
 from visionattn.layers import AgentAttention2d
 from visionattn.layers.maps import as_tokens
 from visionattn.models._hosts import PVT, CSwin
-
-from .formulation import Formulation
-from .linear_hosts import FUNCTIONS, Size, add_to_map, one_window, project, project_apart
 
 
 def agent_attention(self: AgentAttention2d, x: Tensor, size: Size | None = None) -> Tensor:

@@ -6,12 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import visionattn
+from visionattn.benchmark.formulations.formulation import Formulation
+from visionattn.benchmark.formulations.windows import merge, partition
 from visionattn.layers.bilevel_routing import BiLevelRoutingAttention
 from visionattn.layers.maps import extend_to, fill_up, on_nhwc
 from visionattn.models.biformer import Block
-
-from .formulation import Formulation
-from .windows import merge, partition
 
 
 def bilevel_routing_attention(self: BiLevelRoutingAttention, x: Tensor) -> Tensor:

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.benchmark.formulations.formulation import Formulation
 from visionattn.models import catanet
 from visionattn.models.catanet import ConvMlp, HeadProjection, LocalAttention, TokenAggregation
-
-from .formulation import Formulation
 
 
 def token_aggregation(

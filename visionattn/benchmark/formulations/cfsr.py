@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.benchmark.formulations.formulation import Formulation
+from visionattn.benchmark.formulations.linear_hosts import planes
 from visionattn.models import cfsr
 from visionattn.models.cfsr import CFSR, Block, ConvMod, EdgeConv, EdgeMlp, Layer
-
-from .formulation import Formulation
-from .linear_hosts import planes
 
 
 def layer(self: Layer, x: Tensor) -> Tensor:

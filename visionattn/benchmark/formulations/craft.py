@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.benchmark.formulations.formulation import Formulation
+from visionattn.benchmark.formulations.rectangles import rectangle_window_attention
 from visionattn.models import craft
 from visionattn.models.craft import FusionBlock, HighFrequencyBlock
-
-from .formulation import Formulation
-from .rectangles import rectangle_window_attention
 
 
 def high_frequency_block(self: HighFrequencyBlock, x: Tensor) -> Tensor:

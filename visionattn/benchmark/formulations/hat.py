@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.benchmark.formulations.formulation import Formulation
+from visionattn.benchmark.formulations.windows import merge, partition, window_heads
 from visionattn.models import hat
-
-from .formulation import Formulation
-from .windows import merge, partition, window_heads
 
 
 def rolled_window_attention(

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.benchmark.formulations.formulation import Formulation
 from visionattn.models import hsdt
 from visionattn.models.hsdt import GuidedSpectralAttention, SelfModulatedMlp, SpectralSpatialConv, UpConv
-
-from .formulation import Formulation
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:

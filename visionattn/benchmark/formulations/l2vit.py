@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 import visionattn
+from visionattn.benchmark.formulations.formulation import Formulation
+from visionattn.benchmark.formulations.linear_hosts import convolve_planes, embed_image
+from visionattn.benchmark.formulations.linear_hosts import window_attention as divided_attention
 from visionattn.layers import LinearAttention2d, WindowAttention2d
 from visionattn.layers.maps import fill_up
 from visionattn.models.l2vit import Downsample, L2Block, LocalConcentration, Stem
-
-from .formulation import Formulation
-from .linear_hosts import convolve_planes, embed_image
-from .linear_hosts import window_attention as divided_attention
 
 
 def stem(self: Stem, x: Tensor) -> Tensor:

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.benchmark.formulations.hat import gathered_bias, shift_mask
+from visionattn.benchmark.formulations.windows import merge, partition
 from visionattn.layers import WindowAttention2d
 from visionattn.layers.maps import on_nhwc
 from visionattn.models._deit import SoftmaxAttention
 from visionattn.models._hosts import PatchEmbedding, PatchMerging, StripeAttention
 from visionattn.models._pyramid import Block, Pyramid
-
-from .hat import gathered_bias, shift_mask
-from .windows import merge, partition
 
 Size = tuple[int, int]
 

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.benchmark.formulations.linear_hosts import windows_of_planes
+from visionattn.benchmark.formulations.windows import merge, partition
 from visionattn.layers.rectangle_window import DynamicPositionBias, RectangleWindowAttention
-
-from .linear_hosts import windows_of_planes
-from .windows import merge, partition
 
 Size = tuple[int, int]
 # The maps of training, whose masks the authors' networks store.

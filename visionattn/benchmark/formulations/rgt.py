@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.benchmark.formulations.formulation import Formulation
+from visionattn.benchmark.formulations.linear_hosts import planes
+from visionattn.benchmark.formulations.rectangles import rectangle_window_attention
 from visionattn.models import rgt
 from visionattn.models.rgt import GatedMlp, RecursiveGeneralizationAttention
-
-from .formulation import Formulation
-from .linear_hosts import planes
-from .rectangles import rectangle_window_attention
 
 
 def recursive_attention(

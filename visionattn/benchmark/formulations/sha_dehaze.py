@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.benchmark.formulations.formulation import Formulation
 from visionattn.models import sha_dehaze
 from visionattn.models.sha_dehaze import ContextualTransformer, SeparableHybridAttention
-
-from .formulation import Formulation
 
 
 def separable_attention(self: SeparableHybridAttention, x: Tensor, residual: Tensor | None = None) -> Tensor:

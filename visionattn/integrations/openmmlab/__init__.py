@@ -15,13 +15,13 @@ in their place. Importing this package lets mmengine read checkpoints without ru
 
 from __future__ import annotations
 
-from .versions import check_versions
+from visionattn.integrations.openmmlab.versions import check_versions
 
 check_versions()
 
-from .backbone import VisionAttnBackbone  # noqa: E402  (needs mmengine, which the check speaks about)
-from .checkpoints import read_without_code  # noqa: E402
-from .operators import use_torchvision_operators  # noqa: E402
+from visionattn.integrations.openmmlab.backbone import VisionAttnBackbone  # noqa: E402  (needs mmengine, which the check speaks about)
+from visionattn.integrations.openmmlab.checkpoints import read_without_code  # noqa: E402
+from visionattn.integrations.openmmlab.operators import use_torchvision_operators  # noqa: E402
 
 read_without_code()
 

@@ -11,9 +11,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_qkv
-from ..dispatch import Operator
-from . import library, pytorch, reference
+from visionattn.kernels.checks import check_qkv
+from visionattn.kernels.dispatch import Operator
+from visionattn.kernels.linear import library, pytorch, reference
 
 Normalize = Literal["sum", "injective", "none"]
 

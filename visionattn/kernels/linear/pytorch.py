@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dense import attend
-from ..precision import without_autocast
+from visionattn.kernels.dense import attend
+from visionattn.kernels.precision import without_autocast
 
 
 def linear_attention(

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..merge import merge_attention
-from ..routed import triton_forward as routed
-from ..routed.triton_forward import LN_2, LOG2_E, equally_strided, load_rows, store_rows
+from visionattn.kernels.merge import merge_attention
+from visionattn.kernels.routed import triton_forward as routed
+from visionattn.kernels.routed.triton_forward import LN_2, LOG2_E, equally_strided, load_rows, store_rows
 
 # As many programs keep the largest present devices busy; splitting further costs memory for the parts.
 _PROGRAMS = 512

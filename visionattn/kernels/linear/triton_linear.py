@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..routed.triton_forward import equally_strided, store_rows
-from .triton_attention import num_programs, place, split_rows
+from visionattn.kernels.linear.triton_attention import num_programs, place, split_rows
+from visionattn.kernels.routed.triton_forward import equally_strided, store_rows
 
 
 @triton.jit

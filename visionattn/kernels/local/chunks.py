@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pattern import Pattern, Run, Span
-from .tiles import run_biases, tile_runs
+from visionattn.kernels.local.pattern import Pattern, Run, Span
+from visionattn.kernels.local.tiles import run_biases, tile_runs
 
 # How many logits a chunk holds, in inference and in training, the best of 2**16 to 2**20 on a CPU.
 INFERENCE, TRAINING = 2**18, 2**17

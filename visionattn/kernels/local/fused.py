@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..vmap import one_by_one
-from .library import ARGUMENTS, backward_flops, decode, encode, forward_flops, second_derivatives
-from .pattern import Pattern
+from visionattn.kernels.local.library import (
+    ARGUMENTS,
+    backward_flops,
+    decode,
+    encode,
+    forward_flops,
+    second_derivatives,
+)
+from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.vmap import one_by_one
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,7 +67,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, geometry: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; arguments as in `library.py`."""
-    from .triton_forward import forward
+    from visionattn.kernels.local.triton_forward import forward
 
     return forward(q, k, v, bias, decode(geometry, q), scale)
 
@@ -90,7 +97,7 @@ def backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias (no elements unless asked for)."""
-    from .triton_backward import backward
+    from visionattn.kernels.local.triton_backward import backward
 
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     pattern = decode(geometry, q)

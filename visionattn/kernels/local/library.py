@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..vmap import one_by_one
-from .pattern import Axis, Border, Pattern
-from .pytorch import tiled_attention
-from .pytorch_backward import local_attention_backward
+from visionattn.kernels.local.pattern import Axis, Border, Pattern
+from visionattn.kernels.local.pytorch import tiled_attention
+from visionattn.kernels.local.pytorch_backward import local_attention_backward
+from visionattn.kernels.vmap import one_by_one
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, int[] geometry, float scale"
 

@@ -16,12 +16,12 @@ from typing import Literal, get_args, overload
 
 from torch import Tensor
 
-from ..checks import check_bias, check_qkv, pair
-from ..dispatch import Operator
-from . import reference
-from .fused import fused_attention, refuses
-from .library import torch_attention
-from .pattern import (
+from visionattn.kernels.checks import check_bias, check_qkv, pair
+from visionattn.kernels.dispatch import Operator
+from visionattn.kernels.local import reference
+from visionattn.kernels.local.fused import fused_attention, refuses
+from visionattn.kernels.local.library import torch_attention
+from visionattn.kernels.local.pattern import (
     Border,
     Pattern,
     grid_axis,

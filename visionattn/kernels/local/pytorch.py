@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dense import attend, attend_lse
-from ..precision import without_autocast
-from .chunks import (
+from visionattn.kernels.dense import attend, attend_lse
+from visionattn.kernels.local.chunks import (
     INFERENCE,
     TRAINING,
     as_matrices,
@@ -26,10 +25,11 @@ from .chunks import (
     key_tiles,
     query_tiles,
 )
-from .pattern import Pattern
-from .pytorch_backward import attention_weights, local_attention_backward
-from .tiles import attention_of_tiles, by_groups, pad_keys
-from .uniform import can_be_uniform, uniform_attention
+from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.pytorch_backward import attention_weights, local_attention_backward
+from visionattn.kernels.local.tiles import attention_of_tiles, by_groups, pad_keys
+from visionattn.kernels.local.uniform import can_be_uniform, uniform_attention
+from visionattn.kernels.precision import without_autocast
 
 
 def tiled_attention(

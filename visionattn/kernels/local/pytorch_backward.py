@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..precision import without_autocast
-from .chunks import (
+from visionattn.kernels.local.chunks import (
     TRAINING,
     Band,
     as_matrices,
@@ -26,8 +25,8 @@ from .chunks import (
     shares_keys,
     stretched,
 )
-from .pattern import Pattern, Run, Span
-from .tiles import (
+from visionattn.kernels.local.pattern import Pattern, Run, Span
+from visionattn.kernels.local.tiles import (
     add_to_table,
     by_axes,
     by_groups,
@@ -37,6 +36,7 @@ from .tiles import (
     run_pixels,
     whole_block,
 )
+from visionattn.kernels.precision import without_autocast
 
 # How many rows of tiles that share keys are worked off as one: their keys are to stay in the cache.
 _TOGETHER = 4

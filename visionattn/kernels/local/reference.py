@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pattern import Axis, Pattern
+from visionattn.kernels.local.pattern import Axis, Pattern
 
 
 def local_attention(

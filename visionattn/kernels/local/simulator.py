@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .pattern import Axis, Pattern
+from visionattn.kernels.local.pattern import Axis, Pattern
 
 Layout = Literal["aligned", "floating"]
 

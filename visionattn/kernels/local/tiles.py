@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dense import attend, attend_lse
-from .pattern import Axis, Group, Pattern, Run, Span
-from .reference import bias_of_pairs
+from visionattn.kernels.dense import attend, attend_lse
+from visionattn.kernels.local.pattern import Axis, Group, Pattern, Run, Span
+from visionattn.kernels.local.reference import bias_of_pairs
 
 # Queries of a tile made of smaller blocks, rows and columns, and up to which length one tile takes the whole
 # axis: enough for an efficient product, and the waste grows with the tile. Measured on 14x14 to 56x56.

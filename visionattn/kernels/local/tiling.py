@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Literal, NamedTuple
 
-from .pattern import Axis, Pattern
+from visionattn.kernels.local.pattern import Axis, Pattern
 
 Owner = Literal["query", "key"]
 # Farther than any pixel, and small enough for sums of two in 32 bits.

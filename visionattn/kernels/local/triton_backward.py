@@ -17,12 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import LOG2_E, equally_strided, load_rows, store_rows
-from .pattern import Pattern
-from .tiling import Owner
-from .triton_bias import bias_kernel, gradient_of_bias, pair_tiling, store_partial, sum_pairs
-from .triton_forward import geometry
-from .triton_geometry import (
+from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.tiling import Owner
+from visionattn.kernels.local.triton_bias import (
+    bias_kernel,
+    gradient_of_bias,
+    pair_tiling,
+    store_partial,
+    sum_pairs,
+)
+from visionattn.kernels.local.triton_forward import geometry
+from visionattn.kernels.local.triton_geometry import (
     anchored,
     base_of,
     choose_tiling,
@@ -35,6 +40,7 @@ from .triton_geometry import (
     stream,
     stream_length,
 )
+from visionattn.kernels.triton_rows import LOG2_E, equally_strided, load_rows, store_rows
 
 
 @triton.jit

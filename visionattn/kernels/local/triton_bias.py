@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import LOG2_E, load_rows, padded_head_dim
-from .pattern import Pattern
-from .tiling import Tiling
-from .triton_geometry import (
+from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.tiling import Tiling
+from visionattn.kernels.local.triton_geometry import (
     anchored,
     base_of,
     choose_tiling,
@@ -32,6 +31,7 @@ from .triton_geometry import (
     placed,
     scores,
 )
+from visionattn.kernels.triton_rows import LOG2_E, load_rows, padded_head_dim
 
 # Programs that share the work: several for each of the processors of a large GPU.
 _PROGRAMS = 1024

@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import LN_2, equally_strided, load_rows, store_rows
-from .pattern import Pattern
-from .triton_geometry import (
+from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.triton_geometry import (
     Strides,
     base_of,
     choose_tiling,
@@ -30,6 +29,7 @@ from .triton_geometry import (
     stream,
     stream_length,
 )
+from visionattn.kernels.triton_rows import LN_2, equally_strided, load_rows, store_rows
 
 
 @triton.jit

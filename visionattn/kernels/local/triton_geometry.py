@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import LOG2_E, padded_head_dim, precision
-from .pattern import Pattern
-from .tiling import Owner, Tiling, tiling
+from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.tiling import Owner, Tiling, tiling
+from visionattn.kernels.triton_rows import LOG2_E, padded_head_dim, precision
 
 
 class Strides(NamedTuple):

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dense import attend, attend_lse
-from .pattern import Axis, Pattern, Run, Span
-from .tiles import TILE, blocks_of_tile, from_table
+from visionattn.kernels.dense import attend, attend_lse
+from visionattn.kernels.local.pattern import Axis, Pattern, Run, Span
+from visionattn.kernels.local.tiles import TILE, blocks_of_tile, from_table
 
 
 class _Tiles(NamedTuple):

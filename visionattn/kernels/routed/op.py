@@ -7,9 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_bias, check_qkv, pair
-from ..dispatch import Operator
-from . import library, pytorch, reference
+from visionattn.kernels.checks import check_bias, check_qkv, pair
+from visionattn.kernels.dispatch import Operator
+from visionattn.kernels.routed import library, pytorch, reference
 
 ROUTED_ATTENTION = Operator(
     "routed_attention",

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dense import attend, attend_lse
-from ..precision import without_autocast
-from .reference import bias_of_pairs
-from .regions import from_rows, to_rows
+from visionattn.kernels.dense import attend, attend_lse
+from visionattn.kernels.precision import without_autocast
+from visionattn.kernels.routed.reference import bias_of_pairs
+from visionattn.kernels.routed.regions import from_rows, to_rows
 
 # How many numbers of gathered keys or of logits are held at a time: on a CPU what the caches take (the best
 # of 2**17 to 2**22 as measured), elsewhere what bounds memory without costing launches.

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import pair
-from ..precision import without_autocast
-from .regions import to_rows
+from visionattn.kernels.checks import pair
+from visionattn.kernels.precision import without_autocast
+from visionattn.kernels.routed.regions import to_rows
 
 
 @torch.no_grad()

@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import LOG2_E, equally_strided, load_rows, store_rows
-from .triton_bias import bias_gradient
-from .triton_forward import (
+from visionattn.kernels.routed.triton_bias import bias_gradient
+from visionattn.kernels.routed.triton_forward import (
     bias_geometry,
     geometry,
     launch_options,
@@ -23,6 +22,7 @@ from .triton_forward import (
     place,
     position,
 )
+from visionattn.kernels.triton_rows import LOG2_E, equally_strided, load_rows, store_rows
 
 
 @triton.jit

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import LOG2_E, load_rows, padded_head_dim, precision
-from .triton_forward import bias_geometry, geometry, load_bias
+from visionattn.kernels.routed.triton_forward import bias_geometry, geometry, load_bias
+from visionattn.kernels.triton_rows import LOG2_E, load_rows, padded_head_dim, precision
 
 
 @triton.jit

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import LN_2, LOG2_E, equally_strided, load_rows, padded_head_dim, precision, store_rows
+from visionattn.kernels.triton_rows import (
+    LN_2,
+    LOG2_E,
+    equally_strided,
+    load_rows,
+    padded_head_dim,
+    precision,
+    store_rows,
+)
 
 
 @triton.jit
