@@ -1,14 +1,9 @@
-"""What all tests share: `parity` on the path, the same random numbers in every order, one thread."""
+"""What all tests share: the same random numbers in every order, one thread."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
 
 @pytest.fixture(autouse=True)

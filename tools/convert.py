@@ -37,9 +37,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: argparse.Namespace) -> None:
     from visionattn.checkpoints import Identity, convert_checkpoint, identify
-    from visionattn.engine.errors import as_input_error
     from visionattn.engine.network import check_network_name
     from visionattn.engine.yaml_io import parse_pairs
+    from visionattn.errors import as_input_error
 
     if arguments.model:
         check_network_name(arguments.model)

@@ -33,8 +33,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from visionattn.tasks.explanation import explain_image
-    from visionattn.tasks.prediction import open_restorer
+    from visionattn.predict.explanation import explain_image
+    from visionattn.predict.prediction import open_restorer
 
     explained = explain_image(
         open_restorer(arguments.model, arguments.checkpoint),

@@ -40,8 +40,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def export(arguments: argparse.Namespace) -> None:
     from visionattn.checkpoints import load_network
-    from visionattn.engine.errors import RunError, as_input_error
     from visionattn.engine.yaml_io import parse_pairs
+    from visionattn.errors import RunError, as_input_error
     from visionattn.integrations.export import ExportError, export_network
 
     format = arguments.format or ("onnx" if arguments.target.endswith(".onnx") else "program")
@@ -57,8 +57,8 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    from visionattn.engine.errors import InputError, as_input_error
     from visionattn.engine.network import check_network_name
+    from visionattn.errors import InputError, as_input_error
     from visionattn.integrations.export_table import FORMATS, NETWORKS, read_table, try_exports, write_table
 
     for name in arguments.networks:

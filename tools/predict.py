@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    from visionattn.tasks.prediction import predict_files
+    from visionattn.predict.prediction import predict_files
 
     broken = total = 0
     for file, result in predict_files(

@@ -34,7 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: argparse.Namespace) -> None:
     from visionattn.data.prepare import cut_pieces, make_lmdb
-    from visionattn.engine.errors import as_input_error
+    from visionattn.errors import as_input_error
 
     with as_input_error(
         f"cannot make {arguments.output}", ValueError, FileNotFoundError, ModuleNotFoundError

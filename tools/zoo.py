@@ -31,7 +31,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from visionattn.benchmark import zoo
+    from visionattn.models.registry import zoo
 
     rows = zoo.list_models(arguments.filter, arguments.sort)
     print(json.dumps(zoo.as_json(rows), indent=2) if arguments.json else zoo.format_table(rows))

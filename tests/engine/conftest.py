@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from visionattn.engine.batches import make_eval_loader, make_train_loader, seed_all
 from visionattn.engine.config import RunConfig, parse_config
 from visionattn.engine.distributed import gather_objects
-from visionattn.engine.loading import make_eval_loader, make_train_loader, seed_all
 from visionattn.engine.task import Task
 
 

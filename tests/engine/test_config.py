@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from visionattn.engine.config import RunConfig, describe_options, parse_config, read_config
-from visionattn.engine.errors import InputError
 from visionattn.engine.yaml_io import dump_yaml
+from visionattn.errors import InputError
 from visionattn.tasks import TASKS, config_class, load_config
 
 BASE = """

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from visionattn.engine.errors import InputError, RunError
 from visionattn.engine.loop import evaluate, train
 from visionattn.engine.state import TrainingState
+from visionattn.errors import InputError, RunError
 
 MakeTask = Callable[..., Any]
 

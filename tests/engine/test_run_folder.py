@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from visionattn.engine.errors import InputError, RunError
 from visionattn.engine.recorder import CsvLog
 from visionattn.engine.run_folder import RunFolder, read_state, replacing, trained_weights
+from visionattn.errors import InputError, RunError
 
 
 class Interrupted(Exception):

@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, RESTORATION, small
 from torch import nn
 
-from visionattn.benchmark.measure import peak_memory
+from benchmarks.measure import peak_memory
 from visionattn.inference import parse_bytes, run_within
 from visionattn.layers.bands import by_bands, fold_by_bands, perform
 

@@ -16,7 +16,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 import visionattn
-from visionattn.benchmark.models import compare_models
+from benchmarks.models import compare_models
 from visionattn.integrations.timm_windows import FusedWindowAttention
 from visionattn.layers.linear import Linear
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import timm
 import torch
@@ -21,9 +21,6 @@ from visionattn.integrations.export_table import (
     try_exports,
     write_table,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-import families
 
 SMALL: dict[str, Any] = {"embed_dim": 8, "depths": (1,)}
 # Tracing the others takes ten seconds and more, a minute with sizes that vary.

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from visionattn.benchmark.zoo import model_names
+from visionattn.models.registry.zoo import model_names
 
 # Arguments that shrink the networks whose names begin so to milliseconds, and change nothing about their
 # structure.

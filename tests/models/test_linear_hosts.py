@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.layers import AgentAttention2d, InLineAttention2d, WindowAttention2d, linear
-from visionattn.models import _pyramid
-from visionattn.models._hosts import StripeAttention
+from visionattn.models.frames import pyramid as _pyramid
+from visionattn.models.hosts.hosts import StripeAttention
 
 DEIT: dict[str, Any] = {"embed_dim": 48, "num_heads": 2, "depth": 3}
 PVT: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}

@@ -25,7 +25,7 @@ from visionattn.checkpoints.reading import (
     read_metadata,
     unwrap_with_path,
 )
-from visionattn.models._layout import Layout, Shapes, Variant
+from visionattn.models.registry.layout import Layout, Shapes, Variant
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 # Of a detector's or segmenter's weights, those of its backbone.

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from visionattn.engine.errors import InputError, LostProcess, RunError, as_input_error, nearest
 from visionattn.engine.run_folder import replacing
+from visionattn.errors import InputError, LostProcess, RunError, as_input_error, nearest
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

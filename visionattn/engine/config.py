@@ -15,8 +15,8 @@ from typing import Any, Literal
 import pydantic
 from pydantic import ConfigDict, Field, model_validator
 
-from visionattn.engine.errors import InputError, join_words, nearest
 from visionattn.engine.yaml_io import dump_value, parse_value, read_yaml
+from visionattn.errors import InputError, join_words, nearest
 
 
 class Section(pydantic.BaseModel):

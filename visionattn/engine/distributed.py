@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from visionattn.engine.errors import LostProcess, one_line
+from visionattn.errors import LostProcess, one_line
 
 
 def is_distributed() -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from visionattn.checkpoints import load_checkpoint
 from visionattn.engine.config import ModelConfig
-from visionattn.engine.errors import InputError, as_input_error, nearest
+from visionattn.errors import InputError, as_input_error, nearest
 
 
 def create_network(config: ModelConfig, **kwargs: Any) -> nn.Module:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from visionattn.checkpoints import save_checkpoint
 from visionattn.checkpoints.loading import replacing_whole
 from visionattn.engine.config import RunConfig
-from visionattn.engine.errors import InputError, RunError, as_input_error
 from visionattn.engine.yaml_io import dump_yaml
+from visionattn.errors import InputError, RunError, as_input_error
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,9 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from visionattn.engine.config import EmaConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
-from visionattn.engine.errors import InputError, as_input_error, nearest
 from visionattn.engine.sharding import shard
 from visionattn.engine.task import Task
+from visionattn.errors import InputError, as_input_error, nearest
 
 _SUPPORTED = (
     DistributedType.NO,

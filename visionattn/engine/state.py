@@ -8,9 +8,9 @@ from typing import Any
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from visionattn.engine.errors import InputError, as_input_error
 from visionattn.engine.setup import Plan
 from visionattn.engine.sharding import whole, whole_optimizer_state
+from visionattn.errors import InputError, as_input_error
 
 
 @dataclass

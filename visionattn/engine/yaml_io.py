@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from visionattn.engine.errors import InputError, one_line
+from visionattn.errors import InputError, one_line
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,7 +19,7 @@ from visionattn.integrations.timm_parts import (
     drops_weights,
     flipped_table,
 )
-from visionattn.kernels.dense import attend
+from visionattn.kernels.dense.plain.attention import attend
 from visionattn.layers.linear import Linear
 
 

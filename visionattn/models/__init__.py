@@ -5,19 +5,19 @@ import argparse
 import torch
 
 from visionattn.models import agent_attention, inline_attention
-from visionattn.models._deit import DeiT
-from visionattn.models._hosts import PVT, CSwin, Swin
-from visionattn.models._restoration import RestorationInfo
 from visionattn.models.biformer import BiFormer
 from visionattn.models.catanet import CATANet
 from visionattn.models.cfsr import CFSR
 from visionattn.models.craft import CRAFT
+from visionattn.models.frames.restorer import RestorationInfo
 from visionattn.models.hat import HAT
+from visionattn.models.hosts.deit import DeiT
+from visionattn.models.hosts.hosts import PVT, CSwin, Swin
 from visionattn.models.hsdt import HSDT
 from visionattn.models.l2vit import L2ViT
 from visionattn.models.nat import NAT
+from visionattn.models.pmnet import PMNet
 from visionattn.models.rgt import RGT
-from visionattn.models.sha_dehaze import PMNet
 
 __all__ = [
     "CFSR",

@@ -14,10 +14,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from visionattn.layers import AgentAttention2d
-from visionattn.models._build import build_host, host_cfg
-from visionattn.models._deit import DeiT, deit_arguments, deit_layout
-from visionattn.models._hosts import PVT, Attention, CSwin, Size, Swin, host_arguments, host_layouts
-from visionattn.models._layout import Shapes
+from visionattn.models.hosts.build import build_host, host_cfg
+from visionattn.models.hosts.deit import DeiT, deit_arguments, deit_layout
+from visionattn.models.hosts.hosts import PVT, Attention, CSwin, Size, Swin, host_arguments, host_layouts
+from visionattn.models.registry.layout import Shapes
 
 __all__: list[str] = []
 

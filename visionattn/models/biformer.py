@@ -21,9 +21,18 @@ from torch import Tensor, nn
 from visionattn.layers import BiLevelRoutingAttention
 from visionattn.layers.linear import Linear, Mlp, add_pixelwise
 from visionattn.layers.maps import on_nhwc
-from visionattn.models._backbone import Backbone, CheckpointedStage
-from visionattn.models._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
-from visionattn.models._shared import drop_path_rates
+from visionattn.models.frames.backbone import Backbone, CheckpointedStage
+from visionattn.models.frames.common import drop_path_rates
+from visionattn.models.registry.layout import (
+    CLASSIFIER,
+    Layout,
+    Names,
+    Shapes,
+    Weights,
+    build,
+    classes_of,
+    converter,
+)
 
 __all__ = ["BiFormer"]
 

@@ -25,8 +25,8 @@ from visionattn.kernels.precision import at_least_float32, without_autocast
 from visionattn.layers.bands import by_bands, fold_by_bands
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import mirror_index, on_nhwc
-from visionattn.models._layout import Layout, Names, Shapes, Weights, converter
-from visionattn.models._restoration import (
+from visionattn.models.frames.common import check_size
+from visionattn.models.frames.restorer import (
     TAIL_HALO,
     RestorationInfo,
     build_restoration,
@@ -35,7 +35,7 @@ from visionattn.models._restoration import (
     upsampler,
     upscale_of,
 )
-from visionattn.models._shared import check_size
+from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter
 
 __all__ = ["CATANet"]
 

@@ -17,14 +17,14 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from visionattn.layers.bands import by_bands
-from visionattn.models._layout import Layout, Names, Shapes, Weights, unwrap
-from visionattn.models._restoration import (
+from visionattn.models.frames.restorer import (
     DIV2K_MEAN,
     RestorationInfo,
     RestorationTask,
     build_restoration,
     run_body,
 )
+from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, unwrap
 
 __all__ = ["CFSR"]
 

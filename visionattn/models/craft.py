@@ -24,7 +24,15 @@ from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import is_needed, mirror_index, on_nhwc
 from visionattn.layers.rectangle_window import RectangleWindowAttention
 from visionattn.layers.residual_group import ResidualGroup
-from visionattn.models._layout import (
+from visionattn.models.frames.common import check_size
+from visionattn.models.frames.restorer import (
+    DIV2K_MEAN,
+    RestorationInfo,
+    build_restoration,
+    run_body,
+    super_resolution_cfg,
+)
+from visionattn.models.registry.layout import (
     Layout,
     Names,
     Shapes,
@@ -34,14 +42,6 @@ from visionattn.models._layout import (
     window_of,
     window_offsets,
 )
-from visionattn.models._restoration import (
-    DIV2K_MEAN,
-    RestorationInfo,
-    build_restoration,
-    run_body,
-    super_resolution_cfg,
-)
-from visionattn.models._shared import check_size
 
 __all__ = ["CRAFT"]
 

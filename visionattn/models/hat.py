@@ -20,8 +20,8 @@ from visionattn.kernels import overlapping_window_attention, window_attention
 from visionattn.layers.bands import by_bands
 from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import on_nhwc
-from visionattn.models._layout import Layout, Names, Shapes, Weights, converter, window_index
-from visionattn.models._restoration import (
+from visionattn.models.frames.common import drop_path_rates
+from visionattn.models.frames.restorer import (
     DIV2K_MEAN,
     TAIL_HALO,
     RestorationInfo,
@@ -32,7 +32,7 @@ from visionattn.models._restoration import (
     upsampler,
     upscale_of,
 )
-from visionattn.models._shared import drop_path_rates
+from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter, window_index
 
 __all__ = ["HAT"]
 

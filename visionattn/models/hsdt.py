@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from visionattn.layers.bands import by_bands
 from visionattn.layers.linear import Linear
-from visionattn.models._layout import Layout, Names, Shapes, Weights, converter
-from visionattn.models._restoration import RestorationInfo, build_restoration, pad_to_multiple
+from visionattn.models.frames.restorer import RestorationInfo, build_restoration, pad_to_multiple
+from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter
 
 __all__ = ["HSDT", "HSDTSSR"]
 

@@ -12,9 +12,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from visionattn.layers import InLineAttention2d
-from visionattn.models._build import build_host, host_cfg
-from visionattn.models._deit import DeiT, deit_arguments, deit_layout
-from visionattn.models._hosts import PVT, CSwin, Size, StreamBlock, Swin, host_arguments, host_layouts
+from visionattn.models.hosts.build import build_host, host_cfg
+from visionattn.models.hosts.deit import DeiT, deit_arguments, deit_layout
+from visionattn.models.hosts.hosts import PVT, CSwin, Size, StreamBlock, Swin, host_arguments, host_layouts
 
 __all__: list[str] = []
 

@@ -16,9 +16,18 @@ from torch import Tensor, nn
 
 from visionattn.layers import LinearAttention2d, WindowAttention2d
 from visionattn.layers.maps import fill_up, on_nhwc
-from visionattn.models._layout import CLASSIFIER, Layout, Names, Shapes, Weights, build, classes_of, converter
-from visionattn.models._pyramid import Block, Pyramid, Stage, convolve
-from visionattn.models._shared import drop_path_rates
+from visionattn.models.frames.common import drop_path_rates
+from visionattn.models.frames.pyramid import Block, Pyramid, Stage, convolve
+from visionattn.models.registry.layout import (
+    CLASSIFIER,
+    Layout,
+    Names,
+    Shapes,
+    Weights,
+    build,
+    classes_of,
+    converter,
+)
 
 __all__ = ["L2ViT"]
 

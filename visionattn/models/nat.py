@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from visionattn.layers import NeighborhoodAttention2d
 from visionattn.layers.linear import Linear, Mlp, add_pixelwise
 from visionattn.layers.maps import is_needed
-from visionattn.models._backbone import Backbone, CheckpointedStage
-from visionattn.models._layout import (
+from visionattn.models.frames.backbone import Backbone, CheckpointedStage
+from visionattn.models.frames.common import drop_path_rates
+from visionattn.models.registry.layout import (
     CLASSIFIER,
     Layout,
     Names,
@@ -33,7 +34,6 @@ from visionattn.models._layout import (
     converter,
     window_index,
 )
-from visionattn.models._shared import drop_path_rates
 
 __all__ = ["NAT", "TASK_DILATIONS"]
 

@@ -22,7 +22,18 @@ from visionattn.layers.linear import Linear
 from visionattn.layers.maps import on_nhwc
 from visionattn.layers.rectangle_window import RectangleWindowAttention
 from visionattn.layers.residual_group import ResidualGroup
-from visionattn.models._layout import (
+from visionattn.models.frames.common import check_size
+from visionattn.models.frames.restorer import (
+    DIV2K_MEAN,
+    TAIL_HALO,
+    RestorationInfo,
+    build_restoration,
+    run_body,
+    super_resolution_cfg,
+    upsampler,
+    upscale_of,
+)
+from visionattn.models.registry.layout import (
     Layout,
     Names,
     Shapes,
@@ -33,17 +44,6 @@ from visionattn.models._layout import (
     window_of,
     window_offsets,
 )
-from visionattn.models._restoration import (
-    DIV2K_MEAN,
-    TAIL_HALO,
-    RestorationInfo,
-    build_restoration,
-    run_body,
-    super_resolution_cfg,
-    upsampler,
-    upscale_of,
-)
-from visionattn.models._shared import check_size
 
 __all__ = ["RGT"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 
+from visionattn.engine.batches import seed_all
 from visionattn.engine.config import (
     RunConfig,
     describe_options,
@@ -18,17 +19,16 @@ from visionattn.engine.config import (
     parse_config,
     read_config,
 )
-from visionattn.engine.errors import InputError, nearest
-from visionattn.engine.loading import seed_all
 from visionattn.engine.run_folder import trained_weights
 from visionattn.engine.task import Task
+from visionattn.errors import InputError, nearest
 
 #: name -> (module, configuration class, task class); a module is imported when its task is asked for.
 TASKS: dict[str, tuple[str, str, str]] = {
-    "classification": ("visionattn.tasks.classification", "ClassificationConfig", "ClassificationTask"),
-    "detection": ("visionattn.tasks.detection", "DetectionConfig", "DetectionTask"),
-    "segmentation": ("visionattn.tasks.segmentation", "SegmentationConfig", "SegmentationTask"),
-    "restoration": ("visionattn.tasks.restoration", "RestorationConfig", "RestorationTask"),
+    "classification": ("visionattn.tasks.classification.task", "ClassificationConfig", "ClassificationTask"),
+    "detection": ("visionattn.tasks.dense.detection", "DetectionConfig", "DetectionTask"),
+    "segmentation": ("visionattn.tasks.dense.segmentation", "SegmentationConfig", "SegmentationTask"),
+    "restoration": ("visionattn.tasks.restoration.task", "RestorationConfig", "RestorationTask"),
 }
 
 

@@ -10,7 +10,7 @@ from mmseg.models.decode_heads import UPerHead as TheirUPer
 from mmseg.models.necks import FPN as TheirFPN
 from torch import Tensor, nn
 
-from visionattn.layers.segmentation_heads import FPN, FCNHead, FPNHead, UPerHead
+from visionattn.heads.segmentation import FPN, FCNHead, FPNHead, UPerHead
 
 WIDTHS = [8, 12, 16, 24]
 NORM = {"type": "BN"}

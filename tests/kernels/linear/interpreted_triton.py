@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.kernels import agent_attention, explain, linear_attention, use_backend
-from visionattn.kernels.linear import triton_attention
+from visionattn.kernels.dense.fused import attention as triton_attention
 
 Function = Callable[..., Tensor]
 # A head of two tiles of products, rows beyond one tile.

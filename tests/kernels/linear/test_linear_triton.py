@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 
 from visionattn.kernels import agent_attention, linear_attention, use_backend
-from visionattn.kernels.linear import triton_attention, triton_linear
+from visionattn.kernels.dense.fused import attention as triton_attention
+from visionattn.kernels.linear.fused import linear as triton_linear
 from visionattn.kernels.linear.library import refuses_agents
 
 NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}

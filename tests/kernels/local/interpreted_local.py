@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_tools import interpret_quickly
 
 from visionattn.kernels import explain, neighborhood_attention, use_backend, window_attention
-from visionattn.kernels.local import fused
+from visionattn.kernels.local.fused import library as fused
 from visionattn.kernels.local.library import encode
 from visionattn.kernels.local.op import LOCAL_ATTENTION
 from visionattn.kernels.local.pattern import (

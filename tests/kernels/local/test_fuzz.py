@@ -6,8 +6,8 @@ from cases import BIASES, assert_equals_reference, make, patterns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from visionattn.kernels.local.fused.tiling import Owner, tiling
 from visionattn.kernels.local.pattern import Pattern
-from visionattn.kernels.local.tiling import Owner, tiling
 
 FUZZ = {"deadline": None, "derandomize": True}
 

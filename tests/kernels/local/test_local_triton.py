@@ -12,10 +12,12 @@ pytest.importorskip("triton")
 
 from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 
-from visionattn.kernels.local import triton_backward, triton_bias, triton_forward
+from visionattn.kernels.local.fused import backward as triton_backward
+from visionattn.kernels.local.fused import bias as triton_bias
+from visionattn.kernels.local.fused import forward as triton_forward
+from visionattn.kernels.local.fused.geometry import Strides, choose_tiling
+from visionattn.kernels.local.fused.tiling import TiledAxis
 from visionattn.kernels.local.pattern import Pattern, neighborhood_axis, overlapping_axis, window_axis
-from visionattn.kernels.local.tiling import TiledAxis
-from visionattn.kernels.local.triton_geometry import Strides, choose_tiling
 
 INTERPRETED = Path(__file__).with_name("interpreted_local.py")
 KERNELS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.kernels import explain, routed_attention, use_backend
-from visionattn.kernels.routed.triton_backward import reverse_lists
+from visionattn.kernels.routed.fused.backward import reverse_lists
 
 # Two tiles of queries and of keys, a head that is no power of two, on a map that cuts its regions.
 LARGE = (10, 10, (9, 9), 1, 40, 2)

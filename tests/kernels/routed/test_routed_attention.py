@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels import explain, routed_attention, use_backend
-from visionattn.kernels.routed import pytorch
+from visionattn.kernels.routed.plain import attention as pytorch
 
 # height, width, region, heads, head_dim, topk: one region, regions of one pixel, all regions, cut borders.
 SHAPES = [

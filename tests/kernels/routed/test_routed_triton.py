@@ -11,7 +11,9 @@ pytest.importorskip("triton")
 
 from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 
-from visionattn.kernels.routed import triton_backward, triton_bias, triton_forward
+from visionattn.kernels.routed.fused import backward as triton_backward
+from visionattn.kernels.routed.fused import bias as triton_bias
+from visionattn.kernels.routed.fused import forward as triton_forward
 
 KERNELS = {
     "bias": triton_bias.bias_kernel,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionattn.checkpoints import load_checkpoint
-from visionattn.engine.errors import nearest
+from visionattn.errors import nearest
 
 
 @MODELS.register_module()

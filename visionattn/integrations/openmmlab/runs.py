@@ -10,8 +10,8 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from visionattn.engine.errors import InputError
 from visionattn.engine.yaml_io import parse_value
+from visionattn.errors import InputError
 
 
 def read_config(file: str | Path, options: Sequence[str] = ()) -> Config:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.kernels.dense import attend_lse
-from visionattn.kernels.linear import pytorch
-from visionattn.kernels.vmap import one_by_one
+from visionattn.kernels.dense.plain.attention import attend_lse
+from visionattn.kernels.linear.plain import attention as pytorch
+from visionattn.kernels.operator import one_by_one
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LINEAR = "Tensor q, Tensor k, Tensor v, str normalize, float scale, float eps, float floor"
@@ -71,7 +71,7 @@ def refuses(q: Tensor, *args: Any) -> str | None:
 def _linear(
     q: Tensor, k: Tensor, v: Tensor, normalize: str, scale: float, eps: float, floor: float
 ) -> Tensor:
-    from visionattn.kernels.linear.triton_linear import forward
+    from visionattn.kernels.linear.fused.linear import forward
 
     return forward(q, k, v, normalize, scale, eps, floor)
 
@@ -84,7 +84,7 @@ def _linear(
 def _linear_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, normalize: str, scale: float, eps: float, floor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from visionattn.kernels.linear.triton_linear import backward
+    from visionattn.kernels.linear.fused.linear import backward
 
     return backward(grad, q, k, v, normalize, scale, eps, floor)
 
@@ -95,7 +95,7 @@ def _linear_backward(
     schema=f"({_BIASED}, float scale) -> (Tensor, Tensor)",
 )
 def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    from visionattn.kernels.linear.triton_attention import forward
+    from visionattn.kernels.dense.fused.attention import forward
 
     return forward(q, k, v, bias, scale)
 
@@ -117,7 +117,7 @@ def _biased_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from visionattn.kernels.linear.triton_attention import backward
+    from visionattn.kernels.dense.fused.attention import backward
 
     return backward(grad_out, grad_lse, q, k, v, bias, out, lse, scale)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from visionattn.kernels.checks import check_qkv
 from visionattn.kernels.dispatch import Operator
-from visionattn.kernels.linear import library, pytorch, reference
+from visionattn.kernels.linear import library, reference
+from visionattn.kernels.linear.plain import attention as pytorch
 
 Normalize = Literal["sum", "injective", "none"]
 

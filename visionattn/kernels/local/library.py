@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visionattn.kernels.local.pattern import Axis, Border, Pattern
-from visionattn.kernels.local.pytorch import tiled_attention
-from visionattn.kernels.local.pytorch_backward import local_attention_backward
-from visionattn.kernels.vmap import one_by_one
+from visionattn.kernels.local.plain.attention import tiled_attention
+from visionattn.kernels.local.plain.backward import local_attention_backward
+from visionattn.kernels.operator import one_by_one
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, int[] geometry, float scale"
 

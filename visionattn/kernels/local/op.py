@@ -19,7 +19,7 @@ from torch import Tensor
 from visionattn.kernels.checks import check_bias, check_qkv, pair
 from visionattn.kernels.dispatch import Operator
 from visionattn.kernels.local import reference
-from visionattn.kernels.local.fused import fused_attention, refuses
+from visionattn.kernels.local.fused.library import fused_attention, refuses
 from visionattn.kernels.local.library import torch_attention
 from visionattn.kernels.local.pattern import (
     Border,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.kernels.routed import pytorch
+from visionattn.kernels.routed.plain import attention as pytorch
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -79,7 +79,7 @@ def _forward(
     region_w: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    from visionattn.kernels.routed.triton_forward import forward
+    from visionattn.kernels.routed.fused.forward import forward
 
     return forward(q, k, v, indices, bias, (region_h, region_w), scale)
 
@@ -110,7 +110,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias (no elements without one)."""
-    from visionattn.kernels.routed.triton_backward import backward
+    from visionattn.kernels.routed.fused.backward import backward
 
     region = (region_h, region_w)
     dq, dk, dv, dbias = backward(grad_out, grad_lse, q, k, v, indices, out, lse, bias, region, scale)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from visionattn.kernels.checks import check_bias, check_qkv, pair
 from visionattn.kernels.dispatch import Operator
-from visionattn.kernels.routed import library, pytorch, reference
+from visionattn.kernels.routed import library, reference
+from visionattn.kernels.routed.plain import attention as pytorch
 
 ROUTED_ATTENTION = Operator(
     "routed_attention",

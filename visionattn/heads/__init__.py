@@ -1,0 +1,1 @@
+"""Heads that stand on a backbone."""

@@ -1,0 +1,1 @@
+"""Softmax attention of explicit queries over explicit keys, with a bias."""

@@ -1,0 +1,1 @@
+"""Dense attention by fused Triton kernels."""

@@ -1,0 +1,1 @@
+"""Linear and agent attention in fast plain PyTorch."""

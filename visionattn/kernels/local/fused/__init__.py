@@ -1,0 +1,1 @@
+"""Local attention by fused Triton kernels."""

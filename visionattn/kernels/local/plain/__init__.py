@@ -1,0 +1,1 @@
+"""Local attention in fast plain PyTorch."""

@@ -1,0 +1,178 @@
+"""Local attention in fast plain PyTorch.
+
+On a CPU the tiles are worked off in chunks that stay in the cache, forward and backward; training keeps
+nothing but the inputs and the weights of small windows. On other devices, in compiled programs and for
+derivatives of higher order they are computed all at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionattn.kernels.dense.plain.attention import attend, attend_lse
+from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.plain.backward import attention_weights, local_attention_backward
+from visionattn.kernels.local.plain.chunks import (
+    INFERENCE,
+    TRAINING,
+    as_matrices,
+    as_tiles,
+    band_biases,
+    bands,
+    chunks,
+    has_small_tiles,
+    key_tiles,
+    query_tiles,
+)
+from visionattn.kernels.local.plain.tiles import attention_of_tiles, by_groups, pad_keys
+from visionattn.kernels.local.plain.uniform import can_be_uniform, uniform_attention
+from visionattn.kernels.precision import without_autocast
+
+
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
+    if any(isinstance(side, torch.SymInt) for side in q.shape[1:3]) and can_be_uniform(pattern, bias):
+        return uniform_attention(q, k, v, pattern, bias, scale, return_lse)
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
+    is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    is_transformed = torch._C._are_functorch_transforms_active()
+    is_dilated = pattern.y.dilation > 1 or pattern.x.dilation > 1
+    keeps = is_recorded and not (is_transformed or is_dilated or return_lse) and has_small_tiles(pattern, q)
+    # What records a call for autograd costs as much as the attention of a small map.
+    attention = _Chunked.apply if is_recorded or is_transformed else _Chunked.forward
+    out, *lse = attention(q, k, v, bias, pattern, scale, return_lse, [] if keeps else None)
+    return out, lse[0] if lse else None
+
+
+class _Chunked(torch.autograd.Function):
+    """`attention_of_tiles`, chunk by chunk, keeping nothing but its arguments for the backward pass.
+
+    Unless it gets a list: that takes the weights of every chunk, for the backward pass as well.
+    """
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        pattern: Pattern,
+        scale: float,
+        return_lse: bool,
+        kept: list[Tensor] | None,
+    ) -> tuple[Tensor, ...]:
+        k, v = (pad_keys(x, pattern) for x in (k, v))
+
+        def attend_group(group: Pattern, *maps: Tensor) -> tuple[Tensor, ...]:
+            return _attend_chunks(group, bias, scale, return_lse, kept, *maps)
+
+        with without_autocast(q):
+            out, *lse = by_groups(pattern, (q, k, v), attend_group)
+        return (out, lse[0].squeeze(-1)) if lse else (out,)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.pattern, ctx.scale, ctx.return_lse, kept = inputs
+        ctx.save_for_backward(*tensors, *(kept or ()))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, *kept = ctx.saved_tensors
+        grad = torch.zeros_like(q) if grads[0] is None else grads[0]
+        grad_lse = grads[1] if ctx.return_lse else None
+        wanted = ctx.needs_input_grad[:4]
+        args = grad, grad_lse, q, k, v, ctx.pattern, bias, ctx.scale
+        if torch.is_grad_enabled():
+            results = _differentiable_gradients(*args)
+        else:
+            results = local_attention_backward(*args, wanted[3], kept)
+        return *(result if want else None for result, want in zip(results, wanted)), *(None,) * 4
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """A mapped axis is more batch; maps with a bias of their own are taken one by one."""
+        if in_dims[3] is not None:
+            pairs = [
+                [x if dim is None else x.select(dim, i) for x, dim in zip(args[:4], in_dims)]
+                for i in range(info.batch_size)
+            ]
+            outs = [_Chunked.apply(*tensors, *args[4:]) for tensors in pairs]
+            return tuple(torch.stack(parts) for parts in zip(*outs)), (0,) * len(outs[0])
+        stacked = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args[:3], in_dims)
+        )
+        out = _Chunked.apply(*(x.flatten(0, 1) for x in stacked), *args[3:])
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in out), (0,) * len(out)
+
+
+def _attend_chunks(
+    pattern: Pattern,
+    bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    kept: list[Tensor] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[Tensor, ...]:
+    """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`.
+
+    The weights `[n * heads, nq, nk]` of every chunk are put into `kept`, unless it is None.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    small = not return_lse and has_small_tiles(pattern, q)
+    dtype = wide if small else q.dtype
+    outs = [torch.empty(q.shape, dtype=q.dtype, device=q.device)]
+    if return_lse:
+        outs.append(q.new_empty((*q.shape[:4], 1), dtype=wide))
+    attend_chunk = attend_lse if return_lse else attend
+    rows, columns = bands(pattern, q.shape[3])
+    for band in columns:
+        for y, bias_of_y in zip(rows, band_biases(bias, pattern, rows, band, q)):
+            for chunk in chunks(q.shape, y, band, INFERENCE if kept is None else TRAINING):
+                tiles = [query_tiles(q, chunk, y, band), *(key_tiles(x, chunk, y, band) for x in (k, v))]
+                query, key, value = (as_matrices(x, dtype) for x in tiles)
+                if small:
+                    weights = attention_weights(query, key, bias_of_y, scale)
+                    results = torch.bmm(weights, value)
+                    if kept is not None:
+                        kept.append(weights)
+                else:
+                    query, key, value = (x.unflatten(0, (-1, q.shape[3])) for x in (query, key, value))
+                    results = attend_chunk(query, key, value, bias_of_y, scale)
+                for out, result in zip(outs, results if isinstance(results, tuple) else (results,)):
+                    target = query_tiles(out, chunk, y, band)
+                    target.copy_(as_tiles(result, target.shape))
+    return tuple(outs)
+
+
+def _differentiable_gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """`local_attention_backward` in operations that can be differentiated again."""
+    out, lse = attention_of_tiles(q, k, v, pattern, bias, scale, grad_lse is not None)
+    outs, weights = ([out], [grad]) if lse is None else ([out, lse], [grad, grad_lse])
+    inputs = [x for x in (q, k, v, bias) if x is not None and x.requires_grad]
+    grads = iter(torch.autograd.grad(outs, inputs, weights, create_graph=True))
+    return tuple(None if x is None or not x.requires_grad else next(grads) for x in (q, k, v, bias))

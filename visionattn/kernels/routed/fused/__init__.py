@@ -1,0 +1,1 @@
+"""Routed attention by fused Triton kernels."""

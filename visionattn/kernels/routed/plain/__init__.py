@@ -1,0 +1,1 @@
+"""Routed attention in fast plain PyTorch."""

@@ -1,0 +1,263 @@
+"""Routed attention in fast plain PyTorch.
+
+Keys and values are laid out once as rows `[B * heads * regions, pixels, d]`, so that a selected region is one
+contiguous row and gathering it a plain copy, already in the layout that the attention reads. The lists are
+worked off in chunks whose gathered keys stay in the cache; training stores none of them, but gathers again in
+the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionattn.kernels.dense.plain.attention import attend, attend_lse
+from visionattn.kernels.precision import without_autocast
+from visionattn.kernels.routed.reference import bias_of_pairs
+from visionattn.kernels.routed.regions import from_rows, to_rows
+
+# How many numbers of gathered keys or of logits are held at a time: on a CPU what the caches take (the best
+# of 2**17 to 2**22 as measured), elsewhere what bounds memory without costing launches.
+_CPU_CHUNK, _CHUNK = 2**18, 2**26
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    region: tuple[int, int],
+    bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    distinct: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
+    height, width, heads = q.shape[1:4]
+    if distinct and indices.shape[3] == indices.shape[2]:
+        # Every region is listed: attention of the whole map, no need to sort it by regions.
+        dense = None if bias is None else bias_of_pairs(bias, height, width)
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        out, lse = _attend(q, k, v, dense, scale, return_lse)
+        return _to_map(out, height, width), None if lse is None else _to_map(lse, height, width)
+
+    whole = height % region[0] == 0 and width % region[1] == 0
+    pair_bias, empty = None, None
+    if bias is not None or not (whole and distinct):
+        pair_bias, empty = _pair_bias(indices, region, bias, height, width, whole, distinct, heads, q.dtype)
+    if return_lse or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        out, lse = _in_one_piece(q, k, v, indices, pair_bias, region, scale, return_lse)
+    else:
+        out, lse = _Chunked.apply(q, k, v, indices, pair_bias, region, scale), None
+    if empty is not None:
+        empty = from_rows(empty.flatten(0, 2)[:, None, None].expand(-1, region[0] * region[1], 1), q, region)
+        out = out.masked_fill(empty, 0)
+        lse = None if lse is None else lse.masked_fill(empty.squeeze(-1), float("-inf"))
+    return out, lse
+
+
+def _in_one_piece(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    pair_bias: Tensor | None,
+    region: tuple[int, int],
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """All lists at once: the form for compilers, and the one that is differentiable any number of times."""
+    rows = _row_numbers(indices, q.shape[3])
+    queries, keys, values = (to_rows(x, region) for x in (q, k, v))
+    queries, keys, values = (x[:, None] for x in (queries, *_gather(rows, keys, values)))
+    out, lse = _attend(queries, keys, values, pair_bias, scale, return_lse)
+    out, lse = out.squeeze(1), None if lse is None else lse.squeeze(1)[..., None]
+    return from_rows(out, q, region), None if lse is None else from_rows(lse, q, region).squeeze(-1)
+
+
+class _Chunked(torch.autograd.Function):
+    """`_in_one_piece`, chunk by chunk, keeping nothing but its arguments for the backward pass."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        indices: Tensor,
+        pair_bias: Tensor | None,
+        region: tuple[int, int],
+        scale: float,
+    ) -> Tensor:
+        rows = _row_numbers(indices, q.shape[3])
+        queries, keys, values = (to_rows(x, region) for x in (q, k, v))
+        out = torch.empty_like(queries)
+        with without_autocast(q):
+            for part in _parts(rows, keys):
+                key, value = _gather(rows[part], keys, values)
+                mask = None if pair_bias is None else pair_bias[part]
+                chunk = attend(queries[part][:, None], key[:, None], value[:, None], mask, scale)
+                out[part] = chunk.squeeze(1)
+        return from_rows(out, q, region)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.region, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else _chunked_gradients
+        q, k, v, indices, pair_bias = ctx.saved_tensors
+        *grads, grad_bias = gradients(grad_out, q, k, v, indices, pair_bias, ctx.region, ctx.scale)
+        return *grads, None, grad_bias, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        """A mapped axis is more batch: every tensor argument begins with the batch (times heads)."""
+        tensors = [
+            x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args[:5], in_dims)
+        ]
+        out = _Chunked.apply(*(x if x is None else x.flatten(0, 1) for x in tensors), *args[5:])
+        return out.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _differentiable_gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    pair_bias: Tensor | None,
+    region: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v and pair_bias that can be differentiated again, by PyTorch's own rules."""
+    wanted = [x is not None and x.requires_grad for x in (q, k, v, pair_bias)]
+    inputs = [x for x in (q, k, v, pair_bias) if x is not None and x.requires_grad]
+    out, _ = _in_one_piece(q, k, v, indices, pair_bias, region, scale, False)
+    grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
+    return tuple(next(grads) if want else None for want in wanted)
+
+
+def _chunked_gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    pair_bias: Tensor | None,
+    region: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v and pair_bias. With P the weights and dP = dO Vᵀ: dS = P * (dP - rowsum(P * dP)),
+    dQ = scale dS K, dK = scale dSᵀ Q, dV = Pᵀ dO."""
+    rows = _row_numbers(indices, q.shape[3])
+    # In half precision the sums over all lists that name a key would lose their small terms.
+    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries, keys, values, outs = (to_rows(x, region).to(precision) for x in (q, k, v, grad_out))
+    grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    grad_bias = None if pair_bias is None or not pair_bias.requires_grad else torch.empty_like(pair_bias)
+    with without_autocast(q):
+        for part in _parts(rows, keys):
+            key, value = _gather(rows[part], keys, values)
+            query, grad = queries[part] * scale, outs[part]
+            weights = query @ key.transpose(1, 2)
+            if pair_bias is not None:
+                weights += pair_bias[part].squeeze(1)
+            weights = weights.softmax(-1)
+            grad_logits = (grad @ value.transpose(1, 2)).mul_(weights)
+            grad_logits.addcmul_(weights, grad_logits.sum(-1, keepdim=True), value=-1)
+            if grad_bias is not None:
+                grad_bias[part] = grad_logits.sum_to_size(grad_bias[part].squeeze(1).shape)[:, None]
+            torch.mul(grad_logits @ key, scale, out=grad_q[part])
+            listed = rows[part].flatten()
+            grad_k.index_add_(0, listed, (grad_logits.transpose(1, 2) @ query).view(-1, *keys.shape[1:]))
+            grad_v.index_add_(0, listed, (weights.transpose(1, 2) @ grad).view(-1, *keys.shape[1:]))
+    return *(from_rows(x.to(q.dtype), q, region) for x in (grad_q, grad_k, grad_v)), grad_bias
+
+
+def _parts(rows: Tensor, keys: Tensor) -> Iterator[slice]:
+    """The lists in chunks of about so many numbers, in gathered keys or, for large regions, logits."""
+    limit = _CPU_CHUNK if keys.device.type == "cpu" else _CHUNK
+    pixels, dim = keys.shape[1:]
+    step = max(limit // max(rows.shape[1] * pixels * max(pixels, dim), 1), 1)
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
+def _gather(rows: Tensor, *tensors: Tensor) -> Iterator[Tensor]:
+    """The listed rows of each `[rows, pixels, d]` one after the other: `[lists, topk * pixels, d]`."""
+    return (x.index_select(0, rows.flatten()).unflatten(0, rows.shape).flatten(1, 2) for x in tensors)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    return attend_lse(q, k, v, bias, scale) if return_lse else (attend(q, k, v, bias, scale), None)
+
+
+def _to_map(x: Tensor, height: int, width: int) -> Tensor:
+    """`[B, H, W, heads, ...]` of `[B, heads, H * W, ...]`."""
+    return x.transpose(1, 2).unflatten(1, (height, width))
+
+
+def _row_numbers(indices: Tensor, heads: int) -> Tensor:
+    """Rows of `to_rows` that the lists name, `[B * heads * regions, topk]`; padding reads a first row."""
+    batch, _, regions, _ = indices.shape
+    first = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1, 1) * regions
+    return (indices.clamp(min=0) + first).flatten(0, 2)
+
+
+def _pair_bias(
+    indices: Tensor,
+    region: tuple[int, int],
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    whole: bool,
+    distinct: bool,
+    heads: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """What is added to the logits, -inf where a key is absent, `[B * heads * regions, 1, 1 | pixels, keys]`,
+    and which lists are empty `[B, heads, regions]` (their logits stay finite)."""
+    batch, _, regions, topk = indices.shape
+    shape = (batch, heads, regions, 1, topk * region[0] * region[1])
+    listed = indices.clamp(min=0).long()
+    total = indices.new_zeros(shape, dtype=dtype)
+    if bias is not None:
+        y, x = _pixels(region, height, width, indices.device)
+        query_y, query_x = (n.clamp(max=size - 1)[..., None] for n, size in ((y, height), (x, width)))
+        key_y, key_x = (n[listed].flatten(-2)[..., None, :] for n in (query_y[..., 0], query_x[..., 0]))
+        if bias.shape[1:] == (2 * height - 1, 2 * width - 1):
+            where = (key_y - query_y + height - 1) * (2 * width - 1) + key_x - query_x + width - 1
+        else:
+            where = (query_y * width + query_x) * height * width + key_y * width + key_x
+        head = torch.arange(heads, device=indices.device).view(-1, 1, 1, 1)
+        total = bias.flatten(1)[head, where]
+    if whole and distinct:
+        return total.flatten(0, 2)[:, None], None
+    visible = (indices >= 0)[..., None].expand(*indices.shape, region[0] * region[1])
+    if not distinct:
+        repeated = (indices[..., :, None] == indices[..., None, :]).tril(-1).any(-1)
+        visible = visible & ~repeated[..., None]
+    if not whole:
+        y, x = _pixels(region, height, width, indices.device)
+        visible = visible & ((y < height) & (x < width))[listed]
+    empty = ~visible.flatten(-2).any(-1)
+    visible = (visible.flatten(-2) | empty[..., None])[..., None, :]
+    total = total.masked_fill(~visible, float("-inf"))
+    total = total.expand(batch, heads, *total.shape[2:]).flatten(0, 2)[:, None]
+    return total, empty.expand(batch, heads, regions)
+
+
+def _pixels(region: tuple[int, int], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of every pixel of every region `[regions, pixels]`, also of those beyond the map."""
+    rows, columns = -(-height // region[0]), -(-width // region[1])
+    y = torch.arange(rows * region[0], device=device).view(rows, 1, region[0], 1)
+    x = torch.arange(columns * region[1], device=device).view(1, columns, 1, region[1])
+    y, x = (n.expand(rows, columns, *region).flatten(2, 3).flatten(0, 1) for n in (y, x))
+    return y, x

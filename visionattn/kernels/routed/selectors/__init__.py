@@ -1,0 +1,1 @@
+"""Ways to list the regions that a region attends to."""

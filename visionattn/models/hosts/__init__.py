@@ -1,0 +1,1 @@
+"""Networks that take a guest attention."""

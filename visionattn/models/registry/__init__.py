@@ -1,0 +1,1 @@
+"""Variants of networks as data, and the names of their parameters."""

@@ -1,0 +1,1 @@
+"""Using networks on files."""

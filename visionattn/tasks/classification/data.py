@@ -1,0 +1,197 @@
+"""Opens images with labels from wherever timm reads them, and checks them before a run depends on them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import Field
+from timm.data import create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import Dataset
+
+from visionattn.data.digits import Digits
+from visionattn.engine.config import Section
+from visionattn.engine.distributed import gather_objects, process_count, process_index
+from visionattn.errors import InputError, as_input_error, nearest, one_line
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
+}
+_TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "torch/", "wds/")
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class ClassificationData(Section):
+    """Where the images are and how they are prepared."""
+
+    source: str = Field(
+        default="folder",
+        description="digits (built in), folder (of folders or tar files), or what timm reads: "
+        "hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME, torch/NAME",
+    )
+    root: str | None = Field(default=None, description="folder of the data, or of its cache")
+    train_split: str = Field(default="train", description="split, or folder or tar file in root")
+    eval_split: str = Field(default="validation", description="the same for the held-out images")
+    kwargs: dict[str, Any] = Field(default={}, description="further arguments of timm's create_dataset")
+    num_classes: int | None = Field(default=None, gt=1, description="null: as many as the data has")
+    class_names: list[str] | None = Field(default=None, description="null: the data's own names")
+    image_size: int | tuple[int, int] | None = Field(
+        default=None, description="pixels, one side or [height, width]; null: the network's own"
+    )
+    mean: tuple[float, ...] | None = Field(
+        default=None, description="of [0, 1] pixels; null: the network's own"
+    )
+    std: tuple[float, ...] | None = Field(
+        default=None, description="of [0, 1] pixels; null: the network's own"
+    )
+    interpolation: str | None = Field(default=None, description="of resizing; null: the network's own")
+    crop_pct: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="side of the evaluation crop / resized side; null: the network's own",
+    )
+    broken_images: Literal["error", "skip"] = Field(
+        default="error", description="on images of a folder that cannot be read, found before training"
+    )
+    check_images: int = Field(
+        default=10_000, ge=0, description="files per split that are read for this, evenly chosen from more"
+    )
+
+
+def open_images(
+    data: ClassificationData,
+    training: bool,
+    *,
+    image_mode: Literal["L", "RGB"],
+    batch_size: int,
+    seed: int,
+    class_to_index: dict[str, int] | None = None,
+) -> Dataset:
+    """The training or the held-out images.
+
+    Args:
+        data: where they are.
+        training: which of the two.
+        image_mode: `"L"` for one channel, `"RGB"` for three.
+        batch_size: a hint for sources that stream.
+        seed: of the shuffling of sources that stream.
+        class_to_index: indices of the classes of a folder, where they shall not follow from its order.
+
+    Raises:
+        InputError: there is no such source, or it cannot be opened.
+    """
+    if data.source == "digits":
+        with as_input_error("cannot open data.source=digits", ModuleNotFoundError):
+            return Digits("train" if training else "validation", image_mode=image_mode)
+    split = data.train_split if training else data.eval_split
+    kwargs = {"is_training": training, "batch_size": batch_size, "seed": seed, "input_img_mode": image_mode}
+    name, root = data.source, data.root
+    if data.source == "folder":
+        root, name = str(_find_split(data.root, split)), ""
+        kwargs.update(search_split=False, class_map=class_to_index)
+    elif not data.source.startswith(_TIMM_PREFIXES):
+        raise InputError(f"unknown data.source {data.source!r}: {nearest(data.source, _source_names())}")
+    elif (
+        data.root is not None
+        and not data.source.startswith(("hfds/", "hfids/"))
+        and not Path(data.root).exists()
+    ):
+        raise InputError(f"there is no data.root {data.root}")
+    kinds = (ImportError, OSError, ValueError, TypeError, RuntimeError, AssertionError)
+    with as_input_error(f"cannot open the {split} images of data.source={data.source}", *kinds):
+        return create_dataset(name, root=root, split=split, **{**kwargs, **data.kwargs})
+
+
+def class_indices(dataset: Dataset) -> dict[str, int] | None:
+    """Class names and their indices as the source states them, None where it does not."""
+    if isinstance(dataset, Digits):
+        return {name: index for index, name in enumerate(dataset.class_names)}
+    holder = getattr(dataset, "reader", dataset)
+    # timm's readers of folders and of tar files use different names.
+    return getattr(holder, "class_to_idx", None) or getattr(holder, "class_name_to_idx", None) or None
+
+
+def remove_broken_images(dataset: Dataset, data: ClassificationData) -> None:
+    """Read the files of a folder and deal with those that cannot be read as `data.broken_images` says.
+
+    Every process reads its share; all of them must call it. Sources other than folders are left alone.
+
+    Raises:
+        InputError: there are such files, and they shall not be skipped, or nothing else is left.
+    """
+    reader = getattr(dataset, "reader", None)
+    if not isinstance(reader, ReaderImageFolder) or not data.check_images:
+        return
+    samples = reader.samples
+    paths = [sample[0] for sample in samples[:: -(-len(samples) // data.check_images)]]
+    broken = dict(pair for found in gather_objects(_find_broken(paths)) for pair in found)
+    if not broken:
+        return
+    shown = [f"{path} ({reason})" for path, reason in sorted(broken.items())[:5]]
+    more = f" and {len(broken) - len(shown)} more" if len(broken) > len(shown) else ""
+    count = f"{len(broken)} of {len(paths)} images cannot be read: {', '.join(shown)}{more}"
+    if data.broken_images == "error" or len(broken) == len(paths):
+        raise InputError(f"{count}; repair or remove them, or pass over them with data.broken_images=skip")
+    if process_index() == 0:
+        print(f"skipped: {count}", file=sys.stderr)
+    reader.samples = [sample for sample in samples if sample[0] not in broken]
+
+
+def _find_broken(paths: Sequence[str]) -> list[tuple[str, str]]:
+    with ThreadPoolExecutor() as threads:  # decoding releases the interpreter lock
+        mine = paths[process_index() :: process_count()]
+        return [
+            (path, reason)
+            for path, reason in zip(mine, threads.map(_why_broken, mine), strict=True)
+            if reason
+        ]
+
+
+def _why_broken(path: str) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except _BROKEN as error:
+        return one_line(error)
+    return None
+
+
+def _find_split(root: str | None, split: str) -> Path:
+    if root is None:
+        raise InputError(
+            "data.source=folder needs data.root, the folder that holds the training and held-out images"
+        )
+    folder = Path(root)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder} (data.root)")
+    names = next((synonyms for synonyms in _SPLITS.values() if split in synonyms), (split,))
+    candidates = [folder / f"{name}{ending}" for name in (split, *names) for ending in ("", ".tar")]
+    found = next((candidate for candidate in candidates if candidate.exists()), None)
+    # timm would fall back to the whole folder, and so judge on the training images.
+    if found is None:
+        here = sorted(entry.name for entry in folder.iterdir())[:5]
+        raise InputError(
+            f"{folder} has no {split} folder or tar file (it has {', '.join(here) or 'nothing'})"
+        )
+    return found
+
+
+def _source_names() -> list[str]:
+    return ["digits", "folder", *(f"{prefix}NAME" for prefix in _TIMM_PREFIXES)]
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_image_mode(mode: str) -> partial[Image.Image]:
+    """A transform to a PIL mode, for sources that keep their own."""
+    return partial(_convert, mode=mode)

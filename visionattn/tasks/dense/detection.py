@@ -1,0 +1,294 @@
+"""Detection of objects by boxes and instance masks, on built-in scenes or on any data in the COCO format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from faster_coco_eval import COCO, COCOeval_faster
+from PIL.Image import Image
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from visionattn.data.coco import CocoImages
+from visionattn.data.images import to_pil, to_tensor
+from visionattn.engine.batches import make_eval_loader, make_train_loader
+from visionattn.engine.config import Section
+from visionattn.engine.distributed import gather_objects, process_index
+from visionattn.engine.task import Task
+from visionattn.errors import InputError, as_input_error
+from visionattn.tasks.dense.detectors import DetectorOptions, create_detector
+from visionattn.tasks.dense.drawing import draw_objects, in_square
+from visionattn.tasks.dense.task import (
+    DenseConfig,
+    DenseData,
+    load_weights,
+    refuse_or_skip,
+    remove_broken_images,
+    scenes_root,
+)
+from visionattn.tasks.dense.transforms import RandomScale, RandomSizedCrop, listed, plain
+from visionattn.tasks.restoration.comparison import draw_comparison
+
+_PICTURED_IMAGES = 4
+_PICTURED_SCORE = 0.3
+_STATISTICS = ("map", "map50", "map75", "map_small", "map_medium", "map_large")  # in COCOeval's order
+
+
+class DetectionData(DenseData):
+    """The images and their objects."""
+
+    source: Literal["scenes", "coco"] = Field(
+        default="scenes", description="scenes: digits on photographs, built in; coco: files in that format"
+    )
+    train_images: str = Field(default="train2017", description="folder in root of the training images")
+    train_annotations: str = Field(
+        default="annotations/instances_train2017.json", description="their file of annotations, in root"
+    )
+    eval_images: str = Field(default="val2017", description="folder in root of the held-out images")
+    eval_annotations: str = Field(
+        default="annotations/instances_val2017.json", description="their file of annotations, in root"
+    )
+    short_side: list[int] | None = Field(
+        default=None,
+        min_length=1,
+        description="shorter sides of resized images, the last one in evaluation; null: not resized",
+    )
+    long_side: int = Field(default=1333, gt=0, description="longest side of resized images")
+
+    @field_validator("short_side", mode="before")
+    @classmethod
+    def _one_side(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
+
+
+class DetectionAugmentation(Section):
+    """Changes of the training images, by torchvision's transforms."""
+
+    hflip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="least and largest factor of resizing")
+    crop: float = Field(default=0.0, ge=0, le=1, description="probability of a crop, as in DETR's recipe")
+    crop_resize: list[int] | None = Field(
+        default=[400, 500, 600], min_length=1, description="shorter sides before the crop; null: not resized"
+    )
+    crop_sides: tuple[int, int] = Field(default=(384, 600), description="least and largest side of the crop")
+    distort: float = Field(default=0.0, ge=0, le=1, description="probability of photometric distortion")
+
+
+class DetectionConfig(DenseConfig):
+    """A detection run."""
+
+    task: Literal["detection"] = Field(default="detection", description="what is trained")
+    data: DetectionData = Field(default_factory=DetectionData, description="the images and their objects")
+    augment: DetectionAugmentation = Field(
+        default_factory=DetectionAugmentation, description="changes of the training images"
+    )
+    detector: DetectorOptions = Field(default_factory=DetectorOptions, description="the detector")
+
+
+class DetectionTask(Task):
+    """Trains a detector on a network's feature maps; judges it by COCO's average precision.
+
+    Batches are lists of uint8 images `[3, H, W]` and of their targets, see `CocoImages`.
+
+    Args:
+        config: the run. Names of the classes are taken from the training data where it leaves them open, and
+            stand in the `config` of the task.
+
+    Raises:
+        InputError: network, weights or data do not exist or do not fit together.
+    """
+
+    config: DetectionConfig
+    monitor = "box_map"
+
+    def __init__(self, config: DetectionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.has_masks = config.detector.name == "mask_rcnn"
+        self._images: dict[bool, CocoImages] = {}
+        if config.data.class_names is None:
+            data = config.data.model_copy(update={"class_names": self._open(True).class_names})
+            self.config = config.model_copy(update={"data": data})
+        data, names = self.config.data, self.config.data.class_names
+        assert names is not None
+        sizes = None if data.short_side is None else (data.short_side, data.long_side)
+        self.model = create_detector(config.model, config.backbone, config.detector, data, len(names), sizes)
+        load_weights(self.model, config)
+
+    def loss(self, batch: tuple[Sequence[Tensor], Sequence[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """The sum of the detector's losses, and each of them."""
+        images, targets = batch
+        losses = self.model([image.float() / 255 for image in images], list(targets))
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Mean average precision of boxes (`box_map`, `box_map50`, ...) and of masks, in 0 to 1."""
+        mine: dict[str, list[Any]] = {"box": [], "mask": []} if self.has_masks else {"box": []}
+        for images, targets in loader:
+            found = self.model([image.float() / 255 for image in images])
+            for target, result in zip(targets, found, strict=True):
+                for kind, entries in self._held_out.as_results(target["index"], _objects_of(result)).items():
+                    mine[kind] += entries
+        parts = gather_objects(mine)
+        results = {kind: [entry for part in parts for entry in part[kind]] for kind in mine}
+        return gather_objects(self._score(results) if process_index() == 0 else {})[0]
+
+    def predict(self, inputs: Sequence[Image]) -> list[dict[str, Any]]:
+        """The objects in images of any sizes and modes.
+
+        Returns:
+            For each image `boxes` (x1, y1, x2, y2) `[N, 4]`, `names`, `classes` (indices of the names),
+            `scores` `[N]` in descending order, and of Mask R-CNN `masks` bool `[N, H, W]`.
+        """
+        device, was_training = next(self.model.parameters()).device, self.model.training
+        names: Any = self.config.data.class_names
+        self.model.eval()
+        results = []
+        with torch.no_grad():
+            for image in inputs:
+                found = _objects_of(self.model([to_tensor(image.convert("RGB")).to(device).float() / 255])[0])
+                classes = [label - 1 for label in found.pop("labels").tolist()]
+                results.append({**found, "classes": classes, "names": [names[index] for index in classes]})
+        self.model.train(was_training)
+        return results
+
+    def draw(self, image: Image) -> Image:
+        """The image with what was found in it, as far as its score is at least 0.3."""
+        found = self.predict([image])[0]
+        count = int((found["scores"] >= _PICTURED_SCORE).sum())
+        labels = [
+            f"{name} {score:.2f}"
+            for name, score in zip(found["names"], found["scores"].tolist(), strict=True)
+        ]
+        masks = found["masks"][:count] if "masks" in found else None
+        return draw_objects(image, found["boxes"][:count], found["classes"][:count], labels[:count], masks)
+
+    def train_loader(self) -> Iterable[Any]:
+        """Augmented images and their objects."""
+        images = _Augmented(self._checked(True), training_transform(self.config.augment))
+        return make_train_loader(images, self.config.train, collate=listed)
+
+    def eval_loader(self) -> Iterable[Any]:
+        """Whole images."""
+        return make_eval_loader(_Augmented(self._held_out, None), self.config.train, collate=listed)
+
+    def pictures(self) -> dict[str, Image]:
+        """Truth and detections of the first held-out images."""
+        rows = []
+        names: Any = self.config.data.class_names
+        for index in range(min(len(self._held_out), _PICTURED_IMAGES)):
+            pixels, target = self._held_out[index]
+            image, classes = to_pil(pixels), (target["labels"] - 1).tolist()
+            truth = draw_objects(
+                image, plain(target["boxes"]), classes, [names[c] for c in classes], target.get("masks")
+            )
+            name = self._held_out.path(index).name
+            rows.append([(f"{name}: truth", in_square(truth)), ("found", in_square(self.draw(image)))])
+        return {"comparison": draw_comparison(rows, side=384)}
+
+    @cached_property
+    def _held_out(self) -> CocoImages:
+        return self._checked(False)
+
+    def _checked(self, training: bool) -> CocoImages:
+        images, data = self._open(training), self.config.data
+        broken = dict(images.broken_objects())
+        refuse_or_skip(broken, len(images.content["annotations"]), "annotations", data)
+        images.remove_objects(list(broken))
+        remove_broken_images(images, data)
+        return images
+
+    def _open(self, training: bool) -> CocoImages:
+        if training not in self._images:
+            self._images[training] = self._read(training)
+        return self._images[training]
+
+    def _read(self, training: bool) -> CocoImages:
+        data = self.config.data
+        if data.source == "scenes":
+            root, split = scenes_root(data), "train" if training else "validation"
+            images, annotations = f"images/{split}", f"annotations/instances_{split}.json"
+        else:
+            if data.root is None:
+                raise InputError(
+                    "data.source=coco needs data.root, the folder that holds images and annotations"
+                )
+            root, split = Path(data.root), "train" if training else "eval"
+            images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
+        with as_input_error("cannot use the data", ValueError, OSError):
+            return CocoImages(root / images, root / annotations, data.class_names, self.has_masks)
+
+    def _score(self, results: dict[str, list[Any]]) -> dict[str, float]:
+        reference = COCO(self._held_out.truth())
+        metrics = {}
+        for kind, entries in results.items():
+            judge = COCOeval_faster(
+                reference,
+                reference.loadRes(entries),
+                "bbox" if kind == "box" else "segm",
+                print_function=_silent,
+            )
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+            # A size that no object has gives -1.
+            metrics |= {
+                f"{kind}_{name}": float(value)
+                for name, value in zip(_STATISTICS, judge.stats, strict=False)
+                if value >= 0
+            }
+        return metrics
+
+
+class _Augmented(Dataset):
+    """Samples of `CocoImages` after a transform, as plain tensors."""
+
+    def __init__(self, images: CocoImages, transform: v2.Transform | None) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        image, target = self.images[index]
+        if self.transform is not None:
+            image, target = self.transform(image, target)
+        return plain(image), plain(target)
+
+
+def training_transform(augment: DetectionAugmentation) -> v2.Transform:
+    """Flip, distortion, resizing and crop; objects that are cut off leave the target."""
+    steps: list[Any] = [
+        v2.RandomHorizontalFlip(augment.hflip),
+        v2.RandomPhotometricDistort(p=augment.distort),
+    ]
+    if augment.scale != (1.0, 1.0):
+        steps.append(RandomScale(augment.scale))
+    if augment.crop:
+        crop: list[Any] = [RandomSizedCrop(augment.crop_sides)]
+        if augment.crop_resize is not None:
+            crop.insert(0, v2.RandomShortestSize(augment.crop_resize))
+        steps.append(v2.RandomApply(crop, augment.crop))
+    return v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=_of_objects)])
+
+
+def _of_objects(inputs: tuple[Any, dict[str, Any]]) -> tuple[Tensor, ...]:
+    return tuple(inputs[1][name] for name in ("labels", "masks") if name in inputs[1])
+
+
+def _objects_of(result: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A detector's result for one image on the CPU, its masks as bool `[N, H, W]`."""
+    masks = {"masks": result["masks"][:, 0] >= 0.5} if "masks" in result else {}
+    found = {name: value.cpu() for name, value in {**result, **masks}.items()}
+    # Label 0 belongs to no class; RetinaNet and FCOS have an output for it that nothing trains.
+    return {name: value[found["labels"] > 0] for name, value in found.items()}
+
+
+def _silent(*text: Any) -> None:
+    """COCOeval's table is not printed."""

@@ -1,0 +1,261 @@
+"""Image restoration: enlarging, denoising, removal of JPEG artefacts and haze; photographs or cubes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from visionattn.checkpoints import load_checkpoint
+from visionattn.data.blur import sharpen
+from visionattn.data.degradations import bicubic_upscale, to_uint8
+from visionattn.data.images import to_pil, to_tensor
+from visionattn.data.paired import Pair, PairedImages, TrainingCrops
+from visionattn.engine.batches import make_eval_loader, make_train_loader, seed_all
+from visionattn.engine.distributed import gather_objects, process_index
+from visionattn.engine.network import create_network
+from visionattn.engine.task import Task
+from visionattn.errors import InputError, as_input_error
+from visionattn.inference.ensemble import self_ensemble
+from visionattn.models.frames.restorer import RestorationInfo
+from visionattn.tasks.restoration.adversarial import Discriminator, PerceptualLoss, adversarial_losses
+from visionattn.tasks.restoration.comparison import busiest_crop, draw_comparison
+from visionattn.tasks.restoration.config import RestorationConfig
+from visionattn.tasks.restoration.data import open_images
+from visionattn.tasks.restoration.metrics import mpsnr, mssim, psnr, psnr_b, sam, ssim
+
+_PICTURED_IMAGES = 3
+_PICTURED_SIDE = 128  # pixels of the truth
+_PIXEL_LOSSES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "l1": lambda x, epsilon: x.abs(),
+    "mse": lambda x, epsilon: x.square(),
+    "charbonnier": lambda x, epsilon: (x.square() + epsilon**2).sqrt(),
+}
+
+
+class RestorationTask(Task):
+    """Trains and judges a network with an `info: RestorationInfo` attribute.
+
+    Args:
+        config: the run.
+
+    Raises:
+        InputError: the network does not restore images, or cannot be built.
+    """
+
+    config: RestorationConfig
+
+    def __init__(self, config: RestorationConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = create_network(config.model)
+        info = getattr(self.model, "info", None)
+        if not isinstance(info, RestorationInfo):
+            raise InputError(f"{config.model.name} is not a restoration network")
+        self.info, self.out_channels = info, info.out_channels or info.channels
+        self.metric = config.metric or _usual_metric(info.upscale, self.out_channels)
+        if (self.metric == "bands") != (self.out_channels not in (1, 3)):
+            raise InputError(
+                f"metric={self.metric} does not fit the {self.out_channels} channels of the network"
+            )
+        self.monitor = "mpsnr" if self.metric == "bands" else f"psnr_{self.metric}"
+        self.perceptual: PerceptualLoss | None = None
+        self._check_losses()
+        # A trained checkpoint holds what became of the initial weights.
+        if config.initial_weights is not None and config.model.checkpoint is None:
+            with as_input_error("cannot start from initial_weights", FileNotFoundError, ValueError):
+                left_out = load_checkpoint(self.model, config.initial_weights, strict=False)
+            if left_out and process_index() == 0:
+                print(f"initial_weights: {left_out}", file=sys.stderr)
+
+    def _check_losses(self) -> None:
+        loss = self.config.loss
+        if (loss.perceptual or loss.adversarial) and self.out_channels != 3:
+            raise InputError(
+                f"loss.perceptual and loss.adversarial need RGB, not {self.out_channels} channels"
+            )
+        if loss.intermediate and not hasattr(self.model, "forward_all"):
+            raise InputError(f"{self.config.model.name} has no intermediate image for loss.intermediate")
+
+    def _make_losses(self) -> None:
+        loss = self.config.loss
+        seed_all("weights", self.config.train.seed, 1)
+        if loss.perceptual:
+            with as_input_error("loss.perceptual", FileNotFoundError, ValueError):
+                self.perceptual = PerceptualLoss(loss.vgg_weights)
+        if loss.adversarial:
+            self.adversary = Discriminator(dim=loss.discriminator_dim)
+
+    def loss(self, batch: Any) -> dict[str, Tensor]:
+        """The configured losses of a batch of `Pair`s."""
+        loss, lq, truth = self.config.loss, batch["lq"], batch["gt"]
+        target = sharpen(truth) if loss.sharpen_targets else truth
+        if not loss.intermediate:
+            image = self.model(lq)
+            total = self._pixel_loss(image, target)
+        else:
+            whole: Any = self.model
+            image, intermediate, _ = whole.forward_all(lq)
+            total = self._pixel_loss(image, target)
+            total = total + loss.intermediate * self._pixel_loss(intermediate, target)
+        parts: dict[str, Tensor] = {}
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(image, target)
+            total = total + loss.perceptual * parts["perceptual"]
+        if self.adversary is not None:
+            judged, learned, logits = adversarial_losses(self.adversary, image, truth)
+            total = total + loss.adversarial * judged + learned
+            parts |= {"adversarial": judged, "discriminator": learned, **logits}
+        return {"loss": total, **parts}
+
+    def _pixel_loss(self, image: Tensor, target: Tensor) -> Tensor:
+        loss = self.config.loss
+        return _PIXEL_LOSSES[loss.name](image - target, loss.epsilon).mean()
+
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Mean quality over whole images, and the gain in dB over bicubic or over the input.
+
+        `rows` then holds the quality of every image.
+        """
+        mine = [self._score(pair) for pair in loader]
+        self.rows = [row for part in gather_objects(mine) for row in part]
+        names = [name for name in self.rows[0] if name != "name"]
+        return {name: sum(row[name] for row in self.rows) / len(self.rows) for name in names}
+
+    def predict(self, inputs: Image.Image | Sequence[Image.Image]) -> Any:
+        """Restored images: one RGB image for one, a list for several of any sizes.
+
+        Raises:
+            ValueError: an image is smaller than the network allows.
+        """
+        if not isinstance(inputs, Image.Image):
+            return [self.predict(image) for image in inputs]
+        return restore(self.model, inputs)
+
+    def train_loader(self) -> Iterable[Any]:
+        """Random crops as batches of `Pair`s; makes what training alone needs: VGG and discriminator."""
+        self._make_losses()
+        data = self.config.data
+        images = open_images(self.config, self.info, "train", max(data.patch_size, data.degraded_size or 0))
+        crops = TrainingCrops(images, data.patch_size, data.repeat, data.permute_colors, data.degraded_size)
+        return make_train_loader(crops, self.config.train)
+
+    def eval_loader(self) -> Iterable[Any]:
+        """Whole images, one at a time."""
+        return make_eval_loader(self._held_out, self.config.train)
+
+    def pictures(self) -> dict[str, Image.Image]:
+        """Input, bicubic, restored and true of the first held-out images, where bicubic loses most."""
+        count = min(len(self._held_out), _PICTURED_IMAGES)
+        rows = [self._panels(self._held_out[index]) for index in range(count)]
+        return {"comparison": draw_comparison(rows)}
+
+    @cached_property
+    def _held_out(self) -> PairedImages:
+        return open_images(self.config, self.info, "validation", self.info.min_size)
+
+    def _score(self, pair: Any) -> dict[str, Any]:
+        """Quality of the restoration of an evaluation batch, which is one image."""
+        lq, truth = pair["lq"][0], pair["gt"][0].cpu()
+        restored = self._restore(lq)
+        row: dict[str, Any] = {"name": pair["name"][0]}
+        if self.metric == "bands":
+            row |= {metric.__name__: metric(restored, truth) for metric in (mpsnr, mssim, sam)}
+            plain = mpsnr(lq.cpu(), truth) if lq.shape == truth.shape else None
+        else:
+            truth, restored = to_uint8(truth), to_uint8(restored)
+            border = self.info.upscale if self.info.upscale > 1 else 0
+            measure = {"border": border, "luma": self.metric == "y"}
+            row[f"psnr_{self.metric}"] = psnr(restored, truth, **measure)
+            row[f"ssim_{self.metric}"] = ssim(restored, truth, **measure)
+            if self._judges_blocks:
+                row[f"psnr_b_{self.metric}"] = psnr_b(restored, truth, **measure)
+            plain = psnr(self._plain(lq), truth, **measure)
+        if plain is not None:
+            over = "bicubic" if self.info.upscale > 1 else "input"
+            row[f"gain_over_{over}"] = row[self.monitor] - plain
+        return row
+
+    @property
+    def _judges_blocks(self) -> bool:
+        if self.config.psnr_b is not None:
+            return self.config.psnr_b
+        data = self.config.data
+        degraded = not (data.eval_lq and data.source == "folders")
+        return self.info.task == "jpeg" or (
+            degraded and any(step["name"] == "jpeg" for step in data.judged_degradations)
+        )
+
+    def _plain(self, lq: Tensor) -> Tensor:
+        """What there is without a network: the bicubic enlargement of `lq` `[C, h, w]`, or itself; uint8."""
+        plain = to_uint8(lq).cpu()
+        return bicubic_upscale(plain, self.info.upscale) if self.info.upscale > 1 else plain
+
+    def _restore(self, lq: Tensor) -> Tensor:
+        """The network's image for `lq` `[C, h, w]`, floats on the CPU."""
+        network = partial(self_ensemble, self.model) if self.config.self_ensemble else self.model
+        return _run(self.model, lq, network)
+
+    def _panels(self, pair: Pair) -> list[tuple[str, Image.Image]]:
+        upscale = self.info.upscale
+        restored, truth = to_uint8(_shown(self._restore(pair["lq"]))), to_uint8(_shown(pair["gt"]))
+        lq = _shown(pair["lq"])
+        plain = self._plain(lq)
+        shown = {"bicubic": plain} if upscale > 1 else {}
+        shown["ours"] = restored
+        side = min(_PICTURED_SIDE, *truth.shape[-2:]) // upscale * upscale
+        lost = (plain.float() - truth.float()).abs().mean(0)
+        top, left = busiest_crop(lost, side, upscale)
+        cut = (slice(None), slice(top, top + side), slice(left, left + side))
+        cut_lq = (slice(None), *(slice(s.start // upscale, s.stop // upscale) for s in cut[1:]))
+
+        def named(name: str, image: Tensor) -> str:
+            return f"{name}, {psnr(image[cut], truth[cut], luma=self.metric == 'y'):.2f} dB"
+
+        label = "low resolution" if upscale > 1 else named("input", plain)
+        panels = [(f"{pair['name']}: {label}", to_uint8(lq)[cut_lq])]
+        panels += [(named(name, image), image[cut]) for name, image in shown.items()]
+        return [(label, to_pil(image)) for label, image in [*panels, ("truth", truth[cut])]]
+
+
+def restore(model: nn.Module, image: Image.Image) -> Image.Image:
+    """Restore or enlarge an image.
+
+    Args:
+        model: a network with an `info: RestorationInfo` attribute, in evaluation mode.
+        image: of any mode.
+
+    Raises:
+        ValueError: the image is smaller than the network allows, or the network is not for RGB.
+    """
+    info: Any = model.info
+    if info.channels != 3:
+        raise ValueError(f"the image becomes RGB, but the network has {info.channels} channels")
+    if min(image.size) < info.min_size:
+        raise ValueError(
+            f"{image.height}x{image.width} pixels are too small: {info.min_size} per side are needed"
+        )
+    return to_pil(to_uint8(_run(model, to_tensor(image.convert("RGB")).float() / 255)))
+
+
+def _run(model: nn.Module, lq: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The image that `network` (or `model` itself) makes of `lq` `[C, h, w]`, as float32 on the CPU."""
+    with torch.no_grad():
+        return (network or model)(lq[None].to(next(model.parameters()).device))[0].float().cpu()
+
+
+def _shown(image: Tensor) -> Tensor:
+    """An image that can be drawn: of cubes the middle band of every third of the spectrum, red first."""
+    bands = len(image)
+    return image if bands in (1, 3) else image[[5 * bands // 6, bands // 2, bands // 6]]
+
+
+def _usual_metric(upscale: int, channels: int) -> Literal["y", "rgb", "bands"]:
+    if channels not in (1, 3):
+        return "bands"
+    return "y" if upscale > 1 or channels == 1 else "rgb"
