@@ -60,7 +60,7 @@ def linear_attention(self: LinearAttention2d, x: Tensor) -> Tensor:
 FORMULATION = Formulation(
     visionattn,
     {
-        "models._pyramid.Pyramid._stem": embed_image,
+        "models.frames.pyramid.Pyramid._stem": embed_image,
         "models.l2vit.Stem.forward": stem,
         "models.l2vit.Downsample.forward": downsample,
         "models.l2vit.L2Block.forward": block,

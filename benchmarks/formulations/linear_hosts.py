@@ -164,12 +164,12 @@ def windows_of_planes(x: Tensor, window: Size) -> Tensor:
 
 
 FUNCTIONS: dict[str, Any] = {
-    "models._deit.convolve": on_nhwc,
-    "models._deit.SoftmaxAttention.forward": softmax_attention,
-    "models._pyramid.Block.forward": block,
-    "models._pyramid.Pyramid._stem": embed_image,
-    "models._hosts.PatchEmbedding.forward": embed_patches,
-    "models._hosts.PatchMerging.forward": merge_patches,
-    "models._hosts.StripeAttention.forward": stripe_attention,
+    "models.hosts.deit.convolve": on_nhwc,
+    "models.hosts.deit.SoftmaxAttention.forward": softmax_attention,
+    "models.frames.pyramid.Block.forward": block,
+    "models.frames.pyramid.Pyramid._stem": embed_image,
+    "models.hosts.hosts.PatchEmbedding.forward": embed_patches,
+    "models.hosts.hosts.PatchMerging.forward": merge_patches,
+    "models.hosts.hosts.StripeAttention.forward": stripe_attention,
     "layers.WindowAttention2d.forward": window_attention,
 }
