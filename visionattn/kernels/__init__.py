@@ -5,6 +5,7 @@ the environment variable `VISIONATTN_BACKEND` forces one.
 """
 
 from visionattn.kernels.dispatch import BACKENDS, Choice, explain, use_backend
+from visionattn.kernels.dense.op import dense_attention
 from visionattn.kernels.linear.op import agent_attention, linear_attention
 from visionattn.kernels.local.op import (
     grid_attention,
@@ -21,6 +22,7 @@ __all__ = [
     "Choice",
     "agent_attention",
     "antidiagonal_regions",
+    "dense_attention",
     "explain",
     "grid_attention",
     "linear_attention",
