@@ -77,10 +77,8 @@ def test_flops_are_the_formula_on_every_path(name: str, backend: str):
         assert counted(lambda: case.function(*leaves)) == case.forward
         training = counted(lambda: case.function(*leaves).sum().backward())
         assert training == case.forward + case.backward
-        for _ in range(2):
-            assert counted(lambda: compiled(*inputs)) == case.forward
-            with torch.no_grad():
-                compiled(*inputs)
+        compiled(*inputs)
+        assert counted(lambda: compiled(*inputs)) == case.forward
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,6 +100,7 @@ def test_counting_changes_no_numbers(name: str):
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_node_in_compiled_programs_and_parts_in_exported_ones(name: str):
+    torch.compiler.reset()
     function = CASES[name].function
     graphs = []
 
