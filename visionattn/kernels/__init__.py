@@ -14,6 +14,7 @@ from visionattn.kernels.local.op import (
     window_attention,
 )
 from visionattn.kernels.merge import merge_attention
+from visionattn.kernels.product.op import product
 from visionattn.kernels.routed.op import routed_attention
 from visionattn.kernels.routed.selectors.selection import antidiagonal_regions, topk_regions
 
@@ -29,6 +30,7 @@ __all__ = [
     "merge_attention",
     "neighborhood_attention",
     "overlapping_window_attention",
+    "product",
     "routed_attention",
     "topk_regions",
     "use_backend",
