@@ -15,8 +15,8 @@ from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 
 from visionattn.kernels import agent_attention, linear_attention, use_backend
 from visionattn.kernels.dense.fused import attention as triton_attention
+from visionattn.kernels.dense.op import DENSE_ATTENTION
 from visionattn.kernels.linear.fused import linear as triton_linear
-from visionattn.kernels.linear.library import refuses_agents
 
 NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 MAPS = ("q", "k", "v", "a", "b", "x", "bias", "out", "grad_out", "grad_q", "grad_k", "grad_v", "grad_bias")
@@ -95,7 +95,7 @@ def test_compiles_into_registers(kernel: str, target: str) -> None:
 @pytest.mark.parametrize("target", list(TARGETS))
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_other_widths(kernel: str, target: str, dtype: torch.dtype, dim: int, rows: int) -> None:
-    if kernel not in FLAGS and refuses_agents(torch.empty(1, rows, 1, dim, dtype=dtype)):
+    if kernel not in FLAGS and DENSE_ATTENTION.refusals["triton"](torch.empty(1, rows, 1, dim, dtype=dtype)):
         pytest.skip("is refused")
     taken = compiled(kernel, target, dtype, dim, rows)
     assert taken.spilled <= 32
