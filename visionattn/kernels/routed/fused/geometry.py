@@ -33,7 +33,7 @@ class Regions(NamedTuple):
 
 
 class BiasStrides(NamedTuple):
-    """Where the bias of a pair stands: from `start`, a stride for the head and each coordinate of the pair."""
+    """Where the bias of a pair stands: behind `start`, by a stride for the head and every coordinate."""
 
     start: int
     head: int
@@ -191,8 +191,8 @@ def launch_options(
 ) -> dict[str, Any]:
     """Tiles, warps and precision for these shapes.
 
-    `OWN` vectors of a region are a program's own, `OTHERS` at a time are streamed. Chosen so that the compiled
-    kernels keep their numbers in registers; the tests assert it.
+    `OWN` vectors of a region are a program's own, `OTHERS` at a time are streamed. Chosen so that the
+    compiled kernels keep their numbers in registers; the tests assert it.
     """
     dim = padded_head_dim(q)
     single = q.dtype == torch.float32

@@ -38,7 +38,7 @@ def topk_regions(q: Tensor, k: Tensor, region_size: int | tuple[int, int], topk:
 
 
 def affinity_scores(q: Tensor, k: Tensor, region: tuple[int, int]) -> Tensor:
-    """Products of the mean queries and mean keys of regions, all heads together `[B, 1, regions, regions]`."""
+    """Products of regions' mean queries and mean keys, all heads together `[B, 1, regions, regions]`."""
     with without_autocast(q):
         query, key = region_means(q, region), region_means(k, region)
         return (query @ key.transpose(1, 2))[:, None]

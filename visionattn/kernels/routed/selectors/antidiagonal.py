@@ -58,9 +58,9 @@ def antidiagonal_scores(
     q: Tensor, k: Tensor, region: tuple[int, int], stride: int = 8, scale: float | None = None
 ) -> Tensor:
     """The estimated share of each region in the attention of each region `[B, heads, regions, regions]`."""
-    batch, _, _, heads, dim = q.shape
+    batch, height, width, heads, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    pixels = torch.ones_like(q[:1, ..., :1, :1])
+    pixels = q.new_ones((1, height, width, 1, 1))
     with without_autocast(q):
         queries, keys, inside = (_groups(x, region, stride) for x in (q, k, pixels))
         regions, groups = inside.shape[:2]

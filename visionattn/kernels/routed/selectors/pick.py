@@ -22,8 +22,8 @@ def pick_topk(scores: Tensor, topk: int) -> Tensor:
 def pick_share(shares: Tensor, threshold: float, max_regions: int | None = None) -> Tensor:
     """The fewest regions that together hold `threshold` of the shares, which add up to 1; 1 lists all.
 
-    Lists are cut to `max_regions`, and to the longest of them; in a compiled graph only to the former, so that
-    their length does not depend on the data.
+    Lists are cut to `max_regions`, and to the longest of them; in a compiled graph only to the former, so
+    that their length does not depend on the data.
     """
     shares, order = shares.sort(dim=-1, descending=True, stable=True)
     # A region is needed as long as those before it fall short; the best one always is.

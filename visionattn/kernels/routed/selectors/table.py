@@ -16,10 +16,10 @@ class Selector(NamedTuple):
 
     Attributes:
         regions: `(q, k, region_size, **options)` to lists for `routed_attention`.
-        scores: `(q, k, region, **options)` to scores `[B, heads or 1, query regions, key regions]`, from which
-            `regions` picks: float32 (float64 stays) under autocast too.
-        is_full: whether lists never hold padding or a region twice, which `routed_attention` takes as a promise
-            (`distinct`).
+        scores: `(q, k, region, **options)` to the scores `[B, heads or 1, query regions, key regions]` that
+            `regions` picks from: float32 (float64 stays), under autocast too.
+        is_full: whether lists never hold padding or a region twice, which `routed_attention` takes as a
+            promise (`distinct`).
     """
 
     regions: Callable[..., Tensor]
