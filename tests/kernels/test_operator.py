@@ -11,11 +11,19 @@ from agreement import packed_qkv
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn.kernels import agent_attention, dense_attention, linear_attention, use_backend
+from visionattn.kernels import (
+    agent_attention,
+    dense_attention,
+    linear_attention,
+    routed_attention,
+    use_backend,
+)
 
 # Batch, height, width, heads, head dim.
 SHAPE = (2, 6, 5, 2, 8)
 PIXELS = 30
+# Two of the four regions of 3x3 pixels for each; keys beyond the map count.
+LISTS = torch.tensor([[0, 1], [3, 1], [2, 0], [1, 2]], dtype=torch.int32).expand(2, 1, 4, 2)
 
 
 class Case(NamedTuple):
@@ -46,6 +54,16 @@ CASES = {
         lambda q, k, v: agent_attention(q, q[:, :2, :2], k, v),
         2 * products(PIXELS, 4, 2),
         2 * products(PIXELS, 4, 7),
+    ),
+    "routed": Case(
+        lambda q, k, v: routed_attention(q, k, v, LISTS, 3, distinct=True),
+        products(PIXELS, 18, 2),
+        products(PIXELS, 18, 7),
+    ),
+    "routed with lse": Case(
+        lambda q, k, v: routed_attention(q, k, v, LISTS, 3, return_lse=True)[0],
+        products(PIXELS, 18, 2),
+        products(PIXELS, 18, 7),
     ),
     "linear": Case(linear_attention, products(PIXELS, 8, 2), products(PIXELS, 8, 5)),
 }
