@@ -32,6 +32,7 @@ from visionattn.kernels.local.fused import library as fused
 from visionattn.kernels.local.library import encode
 from visionattn.kernels.local.op import LOCAL_ATTENTION
 from visionattn.kernels.local.pattern import (
+    Call,
     Pattern,
     grid_axis,
     neighborhood_axis,
@@ -123,7 +124,9 @@ def test_table_of_the_specification(axis: Any, expected: list[float]) -> None:
 def mean_of_keys(y: Any, x: Any, v: Tensor) -> Tensor:
     v = v.float().view(1, y.length, x.length, 1, 1)
     with use_backend("triton"):
-        return LOCAL_ATTENTION(v * 0, v * 0, v, Pattern(y, x), None, 1.0, False)[0].view(y.length, x.length)
+        return LOCAL_ATTENTION(v * 0, v * 0, v, Call(Pattern(y, x), None, 1.0, False))[0].view(
+            y.length, x.length
+        )
 
 
 @pytest.mark.parametrize("bias", ["none", "table", "dense"])
@@ -234,7 +237,7 @@ def test_choices_and_refusals_say_why() -> None:
     choice = explain(neighborhood_attention, q, k, v, 2)
     assert (choice.backend, choice.reason) == ("triton", "fused kernel available")
     far = torch.empty_strided(q.shape, (1, 2**30, 1, 1, 1), device="meta")
-    assert "2**31" in str(fused.refuses(far, far, far, TINY, None, 1.0, False))
+    assert "2**31" in str(fused.refuses(far, far, far, Call(TINY, None, 1.0, False)))
     for dtype, reason in ((torch.float64, "not in torch.float64"), (torch.bfloat16, "nonsense in bfloat16")):
         with use_backend("triton"), pytest.raises(ValueError, match=reason):
             neighborhood_attention(q.to(dtype), k.to(dtype), v.to(dtype), 2)

@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from visionattn.kernels import neighborhood_attention, overlapping_window_attention, window_attention
 from visionattn.kernels.local.library import backward, decode, encode, local_attention
 from visionattn.kernels.local.pattern import (
+    Call,
     Pattern,
     grid_axis,
     neighborhood_axis,
     overlapping_axis,
     window_axis,
 )
-from visionattn.kernels.local.plain.tiles import attention_of_tiles
+from visionattn.kernels.local.plain.attention import attention_of_tiles
 
 PATTERNS = {
     "tiles": Pattern(neighborhood_axis(19, 3, 1, 1, False), neighborhood_axis(18, 5, 1, 1, False)),
@@ -52,7 +53,7 @@ def test_gradient_equals_that_of_the_tiles(name: str, bias: str) -> None:
     leaves = [q, k, v] + ([] if table is None else [table])
     results = []
     for return_lse in (False, True):
-        expected = attention_of_tiles(q, k, v, pattern, table, 0.3, return_lse)
+        expected = attention_of_tiles(q, k, v, Call(pattern, table, 0.3, return_lse))
         got = local_attention(q, k, v, table, encode(pattern), 0.3, return_lse)
         outs = list(zip(expected, got))[: 1 + return_lse]
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.kernels.local.pattern import Axis, Border, Pattern
+from visionattn.kernels.local.pattern import Axis, Border, Call, Pattern
 from visionattn.kernels.local.plain.attention import tiled_attention
 from visionattn.kernels.local.plain.backward import local_attention_backward
 from visionattn.kernels.operator import one_by_one
@@ -58,7 +58,7 @@ def local_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp (no elements unless asked for); arguments as in `op.py`."""
-    out, lse = tiled_attention(q, k, v, decode(geometry, q), bias, scale, return_lse)
+    out, lse = tiled_attention(q, k, v, Call(decode(geometry, q), bias, scale, return_lse))
     return out.contiguous(), _empty_lse(q, False) if lse is None else lse.contiguous()
 
 
@@ -91,7 +91,9 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias (no elements without one)."""
-    grads = local_attention_backward(grad, grad_lse, q, k, v, decode(geometry, q), bias, scale)
+    grads = local_attention_backward(
+        grad, grad_lse, q, k, v, Call(decode(geometry, q), bias, scale, grad_lse is not None)
+    )
     dq, dk, dv = (t.contiguous() for t in grads[:3])
     return dq, dk, dv, q.new_empty(0) if grads[3] is None else grads[3]
 
@@ -146,8 +148,8 @@ def second_derivatives(
     saved: list[Any] = [None if t is None else t.detach().requires_grad_() for t in tensors]
     grad, grad_lse, q, k, v, bias = saved
     with torch.enable_grad():
-        pattern = decode(geometry, q)
-        out, lse = tiled_attention(q, k, v, pattern, bias, scale, grad_lse is not None)
+        call = Call(decode(geometry, q), bias, scale, grad_lse is not None)
+        out, lse = tiled_attention(q, k, v, call)
         outs, weights = ([out], [grad]) if lse is None else ([out, lse], [grad, grad_lse])
         inputs: list[Tensor] = [q, k, v] if bias is None else [q, k, v, bias]
         first = torch.autograd.grad(outs, inputs, weights, create_graph=True)
@@ -192,20 +194,12 @@ local_attention.register_autograd(_differentiate, setup_context=_keep)
 backward.register_autograd(_differentiate_twice, setup_context=_keep_backward)
 
 
-def torch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    bias: Tensor | None,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """The PyTorch path of `op.py`: the operator where a program is compiled, the tiles elsewhere."""
     if not torch.compiler.is_compiling() or _is_exporting():
-        return tiled_attention(q, k, v, pattern, bias, scale, return_lse)
-    out, lse = local_attention(q, k, v, bias, encode(pattern), scale, return_lse)
-    return out, lse if return_lse else None
+        return tiled_attention(q, k, v, call)
+    out, lse = local_attention(q, k, v, call.bias, encode(call.pattern), call.scale, call.return_lse)
+    return out, lse if call.return_lse else None
 
 
 def _is_exporting() -> bool:

@@ -23,6 +23,7 @@ from visionattn.kernels.local.fused.library import fused_attention, refuses
 from visionattn.kernels.local.library import torch_attention
 from visionattn.kernels.local.pattern import (
     Border,
+    Call,
     Pattern,
     grid_axis,
     neighborhood_axis,
@@ -268,6 +269,6 @@ def _local_attention(
     if bias is not None:
         heads = q.shape[3]
         check_bias(name, bias, q, (heads, *pattern.table_shape), (heads, *pattern.dense_shape))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = LOCAL_ATTENTION(q, k, v, pattern, bias, scale, return_lse)
+    call = Call(pattern, bias, q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
+    out, lse = LOCAL_ATTENTION(q, k, v, call)
     return out.contiguous(), None if lse is None else lse.contiguous()

@@ -21,35 +21,19 @@ from visionattn.kernels.local.library import (
     forward_flops,
     second_derivatives,
 )
-from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.pattern import Call
 from visionattn.kernels.operator import one_by_one
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    bias: Tensor | None,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """The Triton path of `op.py`."""
-    out, lse = forward(q, k, v, bias, encode(pattern), scale)
-    return out, lse if return_lse else None
+    out, lse = forward(q, k, v, call.bias, encode(call.pattern), call.scale)
+    return out, lse if call.return_lse else None
 
 
-def refuses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    bias: Tensor | None,
-    scale: float,
-    return_lse: bool,
-) -> str | None:
+def refuses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
     """Why the fused kernels cannot take these arguments, or None where they can."""
     if q.dtype not in _DTYPES:
         return f"the fused kernels compute in float32, float16 and bfloat16, not in {q.dtype}"
