@@ -10,6 +10,7 @@ launch for everything, other biases one of their own: `bias.py`.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from visionattn.kernels.local.fused.geometry import (
 )
 from visionattn.kernels.local.fused.scores import part_of_own, scores
 from visionattn.kernels.local.fused.tiling import Owner
-from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.pattern import Call, Pattern
 from visionattn.kernels.triton_rows import LOG2_E, equally_strided
 
 
@@ -156,24 +157,31 @@ def window_kernel(
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
+    grads: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
+    wanted: Sequence[bool],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    pattern: Pattern,
-    scale: float,
-    bias_gradient: bool,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Compute the gradients of q, k, v, contiguous, and if `bias_gradient` that of the bias."""
+    """Compute the gradients of q, k, v, contiguous, and if wanted that of the bias.
+
+    Args:
+        grads: gradients of the output and of the log-sum-exp; one of them may be None.
+        outputs: output and log-sum-exp, as the forward pass gave them.
+        wanted: whether the gradients of q, k, v and the bias are wanted; only the last is left out.
+        q: queries, keys, values and `call` as the forward pass had them.
+        k: keys.
+        v: values.
+        call: all else.
+    """
+    (out, lse), (pattern, bias, scale, _) = outputs, call
     q, k, v = equally_strided(q, k, v)
-    bias = None if bias is None else bias.contiguous()
+    bias, bias_gradient = None if bias is None else bias.contiguous(), wanted[3]
     # The gradient of a sum is an expanded number.
-    grad_out = grad_out.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_out, grad_lse = (None if grad is None else grad.contiguous() for grad in grads)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     if not q.shape[0]:
         return grad_q, grad_k, grad_v, None if bias is None else torch.zeros_like(bias)

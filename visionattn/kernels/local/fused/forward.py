@@ -24,7 +24,7 @@ from visionattn.kernels.local.fused.geometry import (
     stream_length,
 )
 from visionattn.kernels.local.fused.scores import part_of_own, scores
-from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.pattern import Call
 from visionattn.kernels.triton_rows import LN_2, equally_strided
 
 
@@ -62,17 +62,15 @@ def forward_kernel(q, k, v, bias, out, lse, scale, g, FORM: tl.constexpr):
     tl.store(numbers_of(lse, at, own, g), (best + tl.log2(total)) * LN_2, mask=own.valid)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pattern: Pattern, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, W, heads, d]`, log-sum-exp `[B, H, W, heads]` float32; arguments as in `op.py`."""
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, W, heads, d]` and log-sum-exp `[B, H, W, heads]` float32."""
     q, k, v = equally_strided(q, k, v)
-    bias = None if bias is None else bias.contiguous()
+    pattern, bias = call.pattern, None if call.bias is None else call.bias.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
     tiles, options = choose_tiling(q, bias, pattern, "query")
     if q.shape[0]:
         grid = (tiles.programs * q.shape[0] * q.shape[3],)
         g = geometry(q, bias, pattern, tiles)
-        forward_kernel[grid](q, k, v, bias, out, lse, scale, g, **options)
+        forward_kernel[grid](q, k, v, bias, out, lse, call.scale, g, **options)
     return out, lse

@@ -25,9 +25,9 @@ _PER_OTHER, _PER_OWN = 64, 32
 class TiledAxis(NamedTuple):
     """An axis and its own tiles, for a kernel; lengths and places in steps of `dilation` pixels.
 
-    The first nine are those of `Axis`, of which `length` alone counts pixels. A `cell`, one block or several, is
-    cut into `parts` tiles of at most `tile` pixels. The first cell of a group begins at `first`, and the group
-    has `tiles` tiles.
+    The first nine are those of `Axis`; of these `length` alone counts pixels. A `cell`, one block or several,
+    is cut into `parts` tiles of at most `tile` pixels. The first cell of a group begins at `first`, and the
+    group has `tiles` tiles.
     """
 
     length: int
@@ -197,7 +197,7 @@ def _extents(axis: Axis, owner: Owner, tile: int) -> Counter[Extent]:
 
 
 def _own_tiles(axis: Axis, length: int, tile: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the beginning of its cell, the first pixel and the one behind the last of each tile of a group."""
+    """Yield the beginning of its cell, the first pixel and the one behind the last for each tile."""
     tiled = _tiled(axis, tile)
     for number in range(tiled.tiles):
         begin = tiled.first + number // tiled.parts * tiled.cell
