@@ -205,6 +205,7 @@ def test_choice_of_a_fused_implementation(monkeypatch: pytest.MonkeyPatch):
 
     operator = Operator("toy", dict.fromkeys(("reference", "torch", "triton"), plain), {"triton": refuses})
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("visionattn.kernels.dispatch._HAS_RECORDS", True)
     monkeypatch.setattr("visionattn.kernels.dispatch.find_spec", lambda name: None)
     assert choose(operator, Q) == ("torch", "not triton: the tensors are on cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -212,6 +213,9 @@ def test_choice_of_a_fused_implementation(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("visionattn.kernels.dispatch.find_spec", lambda name: object())
     assert choose(operator, Q) == ("triton", "fused kernel available")
     assert choose(operator, Q[..., :3]) == ("torch", "not triton: head_dim is odd")
+    monkeypatch.setattr("visionattn.kernels.dispatch._HAS_RECORDS", False)
+    assert choose(operator, Q)[1].startswith("not triton: the Triton of PyTorch 2.6 is too old")
+    monkeypatch.setattr("visionattn.kernels.dispatch._HAS_RECORDS", True)
     with use_backend("triton"), pytest.raises(ValueError, match="toy cannot run on triton: head_dim is odd"):
         choose(operator, Q[..., :3])
 

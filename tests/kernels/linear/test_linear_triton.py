@@ -42,7 +42,8 @@ def test_interpreted() -> None:
 def _types(numbers: Any) -> Any:
     """The types of the numbers of a record."""
     if isinstance(numbers, tuple):
-        return type(numbers)(*map(_types, numbers))
+        parts = tuple(map(_types, numbers))
+        return type(numbers)(*parts) if hasattr(numbers, "_fields") else parts
     return "i32"
 
 

@@ -57,10 +57,10 @@ class Geometry(NamedTuple):
         keys: rows of k and v.
         per_split: rows of the streamed side that one program streams.
         images: the batch.
-        q: strides of q.
-        k: strides of k and v.
-        out: strides of contiguous rows like q.
-        bias: strides of the bias.
+        strides_q: of q.
+        strides_k: of k and v.
+        strides_out: of contiguous rows like q.
+        strides_bias: of the bias.
     """
 
     heads: int
@@ -68,10 +68,10 @@ class Geometry(NamedTuple):
     keys: int
     per_split: int
     images: int
-    q: Strides
-    k: Strides
-    out: Strides
-    bias: BiasStrides
+    strides_q: Strides
+    strides_k: Strides
+    strides_out: Strides
+    strides_bias: BiasStrides
 
 
 class Form(NamedTuple):
@@ -127,8 +127,8 @@ def scores(query, key, bias, head, rows, keys, scale, g, FORM: tl.constexpr):
     """Base-2 logits of a tile of queries and keys."""
     logits = tl.dot(query, tl.trans(key), input_precision=FORM.precision) * (scale * LOG2_E)
     if bias is not None:
-        bias += head.to(tl.int64) * g.bias.h
-        pointers = bias + rows.number[:, None] * g.bias.q + keys.number[None, :] * g.bias.k
+        bias += head.to(tl.int64) * g.strides_bias.h
+        pointers = bias + rows.number[:, None] * g.strides_bias.q + keys.number[None, :] * g.strides_bias.k
         mask = rows.valid[:, None] & keys.valid[None, :]
         logits += tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * LOG2_E
     return logits
@@ -139,14 +139,14 @@ def forward_kernel(q, k, v, bias, out, lse, scale, g, FORM: tl.constexpr):
     """Output and log-sum-exp of one tile of queries over one split of the keys."""
     batch, head, own = place(tl.program_id(0), g.heads, g.queries, FORM.own)
     split = tl.program_id(1)
-    query = load(q, batch, head, own, g.q, FORM)
+    query = load(q, batch, head, own, g.strides_q, FORM)
     best = tl.full([FORM.own], float("-inf"), tl.float32)
     total = tl.zeros([FORM.own], tl.float32)
     acc = tl.zeros([FORM.own, FORM.block_d], tl.float32)
     for start in range(split * g.per_split, tl.minimum((split + 1) * g.per_split, g.keys), FORM.others):
         number = start + tl.arange(0, FORM.others)
         keys = Rows(number, number < g.keys)
-        key = load(k, batch, head, keys, g.k, FORM)
+        key = load(k, batch, head, keys, g.strides_k, FORM)
         logits = scores(query, key, bias, head, own, keys, scale, g, FORM)
         logits = tl.where(keys.valid[None, :], logits, float("-inf"))
         new_best = tl.maximum(best, tl.max(logits, 1))
@@ -155,7 +155,7 @@ def forward_kernel(q, k, v, bias, out, lse, scale, g, FORM: tl.constexpr):
         weights = tl.exp2(logits - finite[:, None])
         shrink = tl.exp2(best - finite)
         total = total * shrink + tl.sum(weights, 1)
-        value = load(v, batch, head, keys, g.k, FORM)
+        value = load(v, batch, head, keys, g.strides_k, FORM)
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=FORM.precision)
         best = new_best
     image = split * g.images + batch
@@ -188,9 +188,9 @@ def query_kernel(
     """Gradient of one tile of queries from one split of the keys; the first split also writes Δ."""
     batch, head, own = place(tl.program_id(0), g.heads, g.queries, FORM.own)
     split = tl.program_id(1)
-    query = load(q, batch, head, own, g.q, FORM)
-    grad = load(grad_out, batch, head, own, g.out, FORM)
-    result = load(out, batch, head, own, g.out, FORM)
+    query = load(q, batch, head, own, g.strides_q, FORM)
+    grad = load(grad_out, batch, head, own, g.strides_out, FORM)
+    result = load(out, batch, head, own, g.strides_out, FORM)
     norm, grad_norm = load_norm(lse, grad_lse, batch, head, own, g)
     drop = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1) - grad_norm
     if split == 0:
@@ -199,7 +199,7 @@ def query_kernel(
     for start in range(split * g.per_split, tl.minimum((split + 1) * g.per_split, g.keys), FORM.others):
         number = start + tl.arange(0, FORM.others)
         keys = Rows(number, number < g.keys)
-        key, value = load(k, batch, head, keys, g.k, FORM), load(v, batch, head, keys, g.k, FORM)
+        key, value = load(k, batch, head, keys, g.strides_k, FORM), load(v, batch, head, keys, g.strides_k, FORM)
         _weights, grad_logits = tile_gradients(
             query, key, value, grad, norm, drop, bias, head, own, keys, scale, g, FORM
         )
@@ -214,14 +214,14 @@ def key_kernel(
     """Gradients of one tile of keys and values, the program's own, from one split of the queries."""
     batch, head, own = place(tl.program_id(0), g.heads, g.keys, FORM.own)
     split = tl.program_id(1)
-    key, value = load(k, batch, head, own, g.k, FORM), load(v, batch, head, own, g.k, FORM)
+    key, value = load(k, batch, head, own, g.strides_k, FORM), load(v, batch, head, own, g.strides_k, FORM)
     acc_k = tl.zeros([FORM.own, FORM.block_d], tl.float32)
     acc_v = tl.zeros([FORM.own, FORM.block_d], tl.float32)
     for start in range(split * g.per_split, tl.minimum((split + 1) * g.per_split, g.queries), FORM.others):
         number = start + tl.arange(0, FORM.others)
         rows = Rows(number, number < g.queries)
-        query = load(q, batch, head, rows, g.q, FORM)
-        grad = load(grad_out, batch, head, rows, g.out, FORM)
+        query = load(q, batch, head, rows, g.strides_q, FORM)
+        grad = load(grad_out, batch, head, rows, g.strides_out, FORM)
         norm, drop = load_norm(lse, delta, batch, head, rows, g)
         weights, grad_logits = tile_gradients(
             query, key, value, grad, norm, drop, bias, head, rows, own, scale, g, FORM
@@ -242,16 +242,16 @@ def bias_kernel(q, k, v, bias, lse, grad_out, delta, grad_bias, scale, g, FORM: 
     acc = tl.zeros([FORM.own, FORM.others], tl.float32)
     for i in range(g.images):
         batch = tl.cast(i, tl.int64)
-        query = load(q, batch, head, own, g.q, FORM)
-        grad = load(grad_out, batch, head, own, g.out, FORM)
-        key, value = load(k, batch, head, keys, g.k, FORM), load(v, batch, head, keys, g.k, FORM)
+        query = load(q, batch, head, own, g.strides_q, FORM)
+        grad = load(grad_out, batch, head, own, g.strides_out, FORM)
+        key, value = load(k, batch, head, keys, g.strides_k, FORM), load(v, batch, head, keys, g.strides_k, FORM)
         norm, drop = load_norm(lse, delta, batch, head, own, g)
         _weights, grad_logits = tile_gradients(
             query, key, value, grad, norm, drop, bias, head, own, keys, scale, g, FORM
         )
         acc += grad_logits
-    pointers = grad_bias + head.to(tl.int64) * g.bias.h
-    pointers += own.number[:, None] * g.bias.q + number[None, :] * g.bias.k
+    pointers = grad_bias + head.to(tl.int64) * g.strides_bias.h
+    pointers += own.number[:, None] * g.strides_bias.q + number[None, :] * g.strides_bias.k
     mask = own.valid[:, None] & keys.valid[None, :]
     tl.store(pointers, acc.to(grad_bias.dtype.element_ty), mask=mask)
 

@@ -29,18 +29,18 @@ class Geometry(NamedTuple):
         pixels: rows of the maps.
         per_split: pixels that one program adds up.
         images: the batch.
-        a: strides of the map that is summed, or multiplied.
-        b: strides of the other map of a sum; of the queries where there is a denominator.
-        products: strides of rows and columns of the products, of either order.
+        strides_a: of the map that is summed, or multiplied.
+        strides_b: of the other map of a sum; of the queries where there is a denominator.
+        strides_products: of rows and columns of the products, in either order.
     """
 
     heads: int
     pixels: int
     per_split: int
     images: int
-    a: Strides
-    b: Strides
-    products: tuple[int, int]
+    strides_a: Strides
+    strides_b: Strides
+    strides_products: tuple[int, int]
 
 
 class Form(NamedTuple):
@@ -88,8 +88,8 @@ def sum_kernel(a, b, center, factor, slope, products, sums, g, FORM: tl.constexp
     for start in range(split * g.per_split, tl.minimum((split + 1) * g.per_split, g.pixels), FORM.pixels):
         number = start + tl.arange(0, FORM.pixels)
         rows = Rows(number, number < g.pixels)
-        left = load_part(a, batch, head, rows, g.a, row, FORM.head_dim, FORM.block_d)
-        right = load_part(b, batch, head, rows, g.b, column, FORM.head_dim, FORM.block_d)
+        left = load_part(a, batch, head, rows, g.strides_a, row, FORM.head_dim, FORM.block_d)
+        right = load_part(b, batch, head, rows, g.strides_b, column, FORM.head_dim, FORM.block_d)
         if factor is not None:
             where = batch * g.pixels * g.heads + number * g.heads + head
             total += tl.sum(left * tl.load(slope + where, mask=rows.valid, other=0.0)[:, None], 0)
@@ -124,18 +124,18 @@ def apply_kernel(
 
     acc = tl.zeros([FORM.pixels, FORM.block_d], tl.float32)
     for first in range(0, FORM.head_dim, FORM.inner):
-        part = load_part(x, batch, head, rows, g.a, first, FORM.head_dim, FORM.inner)
+        part = load_part(x, batch, head, rows, g.strides_a, first, FORM.head_dim, FORM.inner)
         if center is not None:
             part -= load_vector(center, image, first, FORM.head_dim, FORM.inner)[None, :]
         inner = first + tl.arange(0, FORM.inner)
         pointers = products + image * FORM.head_dim * FORM.head_dim
-        pointers += inner[:, None] * g.products[0] + columns[None, :] * g.products[1]
+        pointers += inner[:, None] * g.strides_products[0] + columns[None, :] * g.strides_products[1]
         mask = (inner < FORM.head_dim)[:, None] & (columns < FORM.head_dim)[None, :]
         acc = tl.dot(part, tl.load(pointers, mask=mask, other=0.0), acc, input_precision=FORM.precision)
     where = rows.number * g.heads + head + batch * g.pixels * g.heads
     if sums is not None:
         total = load_vector(sums, image, 0, FORM.head_dim, FORM.block_d)
-        query = load_part(q, batch, head, rows, g.b, 0, FORM.head_dim, FORM.block_d)
+        query = load_part(q, batch, head, rows, g.strides_b, 0, FORM.head_dim, FORM.block_d)
         denominator = tl.sum(query * total[None, :], 1) + eps
         inverse = 1.0 / tl.maximum(denominator, floor)
         if factor is not None:
