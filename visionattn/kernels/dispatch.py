@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 # Triton 3.2, which PyTorch 2.6 brings, cannot pass the records that the fused kernels take.
-_HAS_RECORDS = torch.__version__ >= (2, 7)
+_HAS_RECORDS = torch.__version__ >= "2.7"
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 

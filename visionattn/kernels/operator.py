@@ -191,15 +191,7 @@ class _Node:
         )
 
     def _define_backward(self) -> Any:
-        definition, outputs = self.definition, self.outputs
-
-        def split(args: Sequence[Any]) -> tuple[Sequence[Any], ...]:
-            """Gradients, outputs, arguments of the forward operator, and which gradients are wanted."""
-            return args[:outputs], args[outputs : 2 * outputs], args[2 * outputs : -2], args[-1]
-
-        def like(flat: Sequence[Any], i: int) -> Tensor:
-            is_shared = self.tensors[i] in definition.shared
-            return torch.empty_like(flat[i]) if is_shared else flat[i].new_empty(flat[i].shape)
+        definition, outputs, split, like = self.definition, self.outputs, self._split, self._like
 
         def backward(*args: Any) -> Any:
             grads, outs, flat, wanted = split(args)
@@ -207,10 +199,11 @@ class _Node:
             found = rule(grads, outs, wanted, *definition.unpack(*flat))
             results = []
             for i, gradient, want in zip(self.differentiable, found, wanted):
-                result = gradient if want and gradient is not None else _absent(flat[0])
-                if result is gradient and gradient.stride() != like(flat, i).stride():
-                    result = like(flat, i).copy_(gradient)
-                results.append(result)
+                if gradient is None or not want:
+                    gradient = _absent(flat[0])
+                elif gradient.stride() != like(flat, i).stride():
+                    gradient = like(flat, i).copy_(gradient)
+                results.append(gradient)
             return _one_or_all(results)
 
         def fake(*args: Any) -> Any:
@@ -239,6 +232,16 @@ class _Node:
             lambda *args: definition.flops[1](*split(args)[2]),
             _vmap_rule([*tensors, *self.tensors], definition.shared),
         )
+
+    def _split(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Cut arguments of the backward operator: gradients, outputs, the forward operator's, `wanted`."""
+        count = self.outputs
+        return args[:count], args[count : 2 * count], args[2 * count : -2], args[-1]
+
+    def _like(self, flat: Sequence[Any], i: int) -> Tensor:
+        """An empty gradient of a tensor: contiguous, or strided as a bias is."""
+        is_shared = self.tensors[i] in self.definition.shared
+        return torch.empty_like(flat[i]) if is_shared else flat[i].new_empty(flat[i].shape)
 
     def _second_derivatives(
         self, saved: Sequence[Tensor | None], numbers: Sequence[Any], wanted: Sequence[bool], weights: Any

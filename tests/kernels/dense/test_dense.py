@@ -71,9 +71,7 @@ def operator(*args: object):
 def test_registered_with_pytorch(biased, return_lse):
     q, k, v, *bias = inputs((3, 4), (2, 3), biased)
     table = bias[0] if biased else None
-    torch.library.opcheck(
-        torch.ops.visionattn.dense_attention, (q, k, v, table, 0.4, return_lse, "torch")
-    )
+    torch.library.opcheck(torch.ops.visionattn.dense_attention, (q, k, v, table, 0.4, return_lse, "torch"))
     grad = torch.ones(1, dtype=q.dtype).expand(q.shape)
     grad_lse = torch.randn(q.shape[:4], dtype=q.dtype) if return_lse else None
     tensors = [None if x is None else x.detach() for x in (q, k, v, table)]

@@ -18,8 +18,7 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     from visionattn.kernels.dense.fused.attention import forward
 
-    rows = (x.flatten(1, 2) for x in (q, k, v))
-    out, lse = forward(*rows, bias, scale)
+    out, lse = forward(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias, scale)
     return out.unflatten(1, q.shape[1:3]), lse.unflatten(1, q.shape[1:3])
 
 
@@ -36,10 +35,11 @@ def _fused_gradients(
 ) -> tuple[Tensor | None, ...]:
     from visionattn.kernels.dense.fused.attention import backward
 
-    out, lse = outputs
-    grad, grad_lse = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, outputs))
-    rows = [x.flatten(1, 2) for x in (grad, grad_lse, q, k, v, out, lse)]
-    *found, grad_bias = backward(*rows[:5], bias, *rows[5:], scale, wanted[3])
+    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, outputs)]
+    grad, grad_lse, query, key, value, out, lse = (x.flatten(1, 2) for x in (*grads, q, k, v, *outputs))
+    *found, grad_bias = backward(
+        grad, grad_lse, query, key, value, bias, out, lse, scale, bias_gradient=wanted[3]
+    )
     sizes = (x.shape[1:3] for x in (q, k, v))
     return *(x.unflatten(1, size) for x, size in zip(found, sizes)), grad_bias
 
@@ -68,7 +68,7 @@ DENSE_ATTENTION = register(
         backwards={"torch": plain.gradients, "triton": _fused_gradients},
         flops=(
             lambda q, k, *args: _flops(q, k, 2),
-            # Every kernel computes the logits and the gradients of the weights; then one, two and no products.
+            # The kernels make the logits and the gradients of the weights each; then one, two and no products.
             lambda q, k, v, bias, *args: _flops(q, k, 7 if bias is None else 9),
         ),
         refusals={"triton": _refuses},

@@ -6,7 +6,7 @@ equal inputs give equal bits. This file is imported only when a kernel runs.
 """
 
 # Inside kernels, constants and shapes follow Triton's rules.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -164,9 +164,7 @@ def forward_kernel(q, k, v, bias, out, lse, scale, g, FORM: tl.constexpr):
 
 
 @triton.jit
-def tile_gradients(
-    query, key, value, grad, norm, drop, bias, head, rows, keys, scale, g, FORM: tl.constexpr
-):
+def tile_gradients(query, key, value, grad, norm, drop, bias, head, rows, keys, scale, g, FORM: tl.constexpr):
     """Weights P of a tile and gradients of its logits, P * (dO Vᵀ - Δ)."""
     logits = scores(query, key, bias, head, rows, keys, scale, g, FORM)
     weights = tl.exp2(tl.where(keys.valid[None, :], logits - norm[:, None], float("-inf")))
@@ -182,9 +180,7 @@ def load_norm(lse, delta, batch, head, rows, g):
 
 
 @triton.jit
-def query_kernel(
-    q, k, v, bias, out, lse, grad_out, grad_lse, delta, grad_q, scale, g, FORM: tl.constexpr
-):
+def query_kernel(q, k, v, bias, out, lse, grad_out, grad_lse, delta, grad_q, scale, g, FORM: tl.constexpr):
     """Gradient of one tile of queries from one split of the keys; the first split also writes Δ."""
     batch, head, own = place(tl.program_id(0), g.heads, g.queries, FORM.own)
     split = tl.program_id(1)
@@ -199,7 +195,10 @@ def query_kernel(
     for start in range(split * g.per_split, tl.minimum((split + 1) * g.per_split, g.keys), FORM.others):
         number = start + tl.arange(0, FORM.others)
         keys = Rows(number, number < g.keys)
-        key, value = load(k, batch, head, keys, g.strides_k, FORM), load(v, batch, head, keys, g.strides_k, FORM)
+        key, value = (
+            load(k, batch, head, keys, g.strides_k, FORM),
+            load(v, batch, head, keys, g.strides_k, FORM),
+        )
         _weights, grad_logits = tile_gradients(
             query, key, value, grad, norm, drop, bias, head, own, keys, scale, g, FORM
         )
@@ -208,9 +207,7 @@ def query_kernel(
 
 
 @triton.jit
-def key_kernel(
-    q, k, v, bias, lse, grad_out, delta, grad_k, grad_v, scale, g, FORM: tl.constexpr
-):
+def key_kernel(q, k, v, bias, lse, grad_out, delta, grad_k, grad_v, scale, g, FORM: tl.constexpr):
     """Gradients of one tile of keys and values, the program's own, from one split of the queries."""
     batch, head, own = place(tl.program_id(0), g.heads, g.keys, FORM.own)
     split = tl.program_id(1)
@@ -244,7 +241,10 @@ def bias_kernel(q, k, v, bias, lse, grad_out, delta, grad_bias, scale, g, FORM: 
         batch = tl.cast(i, tl.int64)
         query = load(q, batch, head, own, g.strides_q, FORM)
         grad = load(grad_out, batch, head, own, g.strides_out, FORM)
-        key, value = load(k, batch, head, keys, g.strides_k, FORM), load(v, batch, head, keys, g.strides_k, FORM)
+        key, value = (
+            load(k, batch, head, keys, g.strides_k, FORM),
+            load(v, batch, head, keys, g.strides_k, FORM),
+        )
         norm, drop = load_norm(lse, delta, batch, head, own, g)
         _weights, grad_logits = tile_gradients(
             query, key, value, grad, norm, drop, bias, head, own, keys, scale, g, FORM

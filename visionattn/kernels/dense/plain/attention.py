@@ -42,8 +42,8 @@ class _Recorded(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale
         with torch.enable_grad():
-            ctx.inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            ctx.out = F.scaled_dot_product_attention(*ctx.inputs, scale=scale)
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            ctx.inputs, ctx.out = (q, k, v), F.scaled_dot_product_attention(q, k, v, scale=scale)
         return ctx.out.detach()
 
     @staticmethod

@@ -7,7 +7,7 @@ imported only when a kernel runs.
 """
 
 # Inside kernels, constants and shapes follow Triton's rules.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
@@ -44,8 +44,15 @@ class Geometry(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The constants that a kernel is compiled for: width of a head, numbers of it in a tile, pixels in a tile,
-    numbers that are multiplied at a time, and how products of float32 are computed."""
+    """The constants that a kernel is compiled for.
+
+    Attributes:
+        head_dim: width of a head.
+        block_d: numbers of it that a tile holds.
+        pixels: pixels of a tile.
+        inner: numbers of a head that are multiplied at a time.
+        precision: how products of float32 are computed.
+    """
 
     head_dim: int
     block_d: int
@@ -110,13 +117,11 @@ def sum_kernel(a, b, center, factor, slope, products, sums, g, FORM: tl.constexp
 
 
 @triton.jit
-def apply_kernel(
-    x, q, products, sums, center, base, factor, slope, out, eps, floor, g, FORM: tl.constexpr
-):
+def apply_kernel(x, q, products, sums, center, base, factor, slope, out, eps, floor, g, FORM: tl.constexpr):
     """`(x - center) products + base` for one tile of pixels.
 
-    With sums: over `n = max(q sums + eps, floor)`. With factor and slope, x is the gradient of such an output;
-    the result is that of q, and `factor = 1 / n` and `slope`, the gradient of q sums, are kept.
+    With sums: over `n = max(q sums + eps, floor)`. With factor and slope, x is the gradient of such an
+    output; the result is that of q, and `factor = 1 / n` and `slope`, the gradient of q sums, are kept.
     """
     batch, head, rows = place(tl.program_id(0), g.heads, g.pixels, FORM.pixels)
     image = batch * g.heads + head
