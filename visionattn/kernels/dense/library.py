@@ -68,7 +68,7 @@ DENSE_ATTENTION = register(
         backwards={"torch": plain.gradients, "triton": _fused_gradients},
         flops=(
             lambda q, k, *args: _flops(q, k, 2),
-            # The kernels make the logits and the gradients of the weights each; then one, two and no products.
+            # Each kernel makes the logits and the gradients of the weights, then one, two and no products.
             lambda q, k, v, bias, *args: _flops(q, k, 7 if bias is None else 9),
         ),
         refusals={"triton": _refuses},
