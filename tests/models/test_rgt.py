@@ -10,7 +10,7 @@ from timm.models import list_models
 from torch import nn
 
 import visionattn
-from visionattn.models.rgt import RGT, RecursiveGeneralizationAttention, _reductions, checkpoint_filter_fn
+from visionattn.models.rgt import LAYOUT, RGT, RecursiveGeneralizationAttention, _reductions
 
 
 def small(**kwargs: object) -> RGT:
@@ -62,7 +62,7 @@ def test_recursive_attention_agrees_with_the_authors_code(size: tuple[int, int])
     theirs = RG_SA(12, 2, qkv_bias=True).double().eval()
     ours = RecursiveGeneralizationAttention(12, 2).double().eval()
     official = {f"x.attn.{name}": value for name, value in theirs.state_dict().items()}
-    converted = checkpoint_filter_fn(official, small())
+    converted = LAYOUT.checkpoint_filter_fn(official, small())
     ours.load_state_dict({name.removeprefix("x.attn."): value for name, value in converted.items()})
     x = torch.randn(1, *size, 12).double()
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_checkpoint_round_trip_and_bare_official_wrapper(tmp_path):
     x = torch.rand(1, 3, 20, 17)
     with torch.no_grad():
         torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)
-    assert checkpoint_filter_fn({"params": net.state_dict()}, net).keys() == net.state_dict().keys()
+    assert LAYOUT.checkpoint_filter_fn({"params": net.state_dict()}, net).keys() == net.state_dict().keys()
 
 
 def test_gray_images():

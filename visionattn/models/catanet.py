@@ -7,7 +7,6 @@ https://arxiv.org/abs/2503.06896. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle, islice
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
@@ -35,7 +34,9 @@ from visionattn.models.frames.restorer import (
     upsampler,
     upscale_of,
 )
-from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["CATANet"]
 
@@ -511,15 +512,16 @@ _ONE_STEP = Names(*_RULES, ("^upconv.", "^upsample.0."))
 _TWO_STEPS = Names(*_RULES, ("^upconv1.", "^upsample.0."), ("^upconv2.", "^upsample.3."))
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names.
+def _rename(name: str) -> str:
+    return _TWO_STEPS.to_ours(_ONE_STEP.to_ours(name))
+
+
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The 1x1 convolutions become linear layers.
 
     Centres without the note that they are initialised are taken as such: no training saves them otherwise.
     """
-    out = {}
-    for name, value in official.items():
-        name = _TWO_STEPS.to_ours(_ONE_STEP.to_ours(name))
-        out[name] = value.flatten(1) if name.endswith(".out.weight") else value
+    out = {n: v.flatten(1) if n.endswith(".out.weight") and v.ndim == 4 else v for n, v in weights.items()}
     for name in [name for name in out if name.endswith(".centres")]:
         out.setdefault(name.replace(".centres", ".initialised"), torch.tensor(True))
     return out
@@ -552,19 +554,23 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     return out
 
 
-LAYOUTS = (
-    Layout(
-        "catanet",
-        CATANet,
-        (r"\.aggregation\.centre_kv\.", r"\.centres$"),
-        _to_ours,
-        _arguments,
-        _to_official,
-        wrapper="params",
-        unlearned=("num_heads", "patch_sizes", "group_sizes"),
-    ),
+LAYOUT = Layout(
+    family="catanet",
+    model_cls=CATANet,
+    marks=(r"\.aggregation\.centre_kv\.", r"\.centres$"),
+    rename=_rename,
+    convert=_convert,
+    reads={
+        "conv_first.weight": 4,
+        "blocks.0.aggregation.qkv.q.weight": 2,
+        "blocks.0.aggregation.mlp.fc1.weight": 2,
+        "blocks.#.centres": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="params",
+    unlearned=("num_heads", "patch_sizes", "group_sizes"),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(upscale: int, results: str) -> dict[str, Any]:
@@ -587,33 +593,10 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_catanet(variant: str, pretrained: bool = False, **kwargs: Any) -> CATANet:
-    # The files are called "x2.pth" and so on: without a folder each, others' could be taken for them.
-    cache_dir = os.path.join(torch.hub.get_dir(), "checkpoints", variant)
-    return build_restoration(
-        CATANet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        cache_dir=kwargs.pop("cache_dir", None) or cache_dir,
-        **kwargs,
-    )
-
-
-@register_model
-def catanet_x2(pretrained: bool = False, **kwargs: Any) -> CATANet:
-    """CATANet x2: 0.48 M parameters."""
-    return _create_catanet("catanet_x2", pretrained, **{"upscale": 2, **kwargs})
-
-
-@register_model
-def catanet_x3(pretrained: bool = False, **kwargs: Any) -> CATANet:
-    """CATANet x3: 0.55 M parameters."""
-    return _create_catanet("catanet_x3", pretrained, **{"upscale": 3, **kwargs})
-
-
-@register_model
-def catanet_x4(pretrained: bool = False, **kwargs: Any) -> CATANet:
-    """CATANet x4: 0.54 M parameters."""
-    return _create_catanet("catanet_x4", pretrained, **{"upscale": 4, **kwargs})
+VARIANTS = {
+    "catanet_x2": Variant("CATANet x2: 0.48 M parameters.", upscale=2),
+    "catanet_x3": Variant("CATANet x3: 0.55 M parameters.", upscale=3),
+    "catanet_x4": Variant("CATANet x4: 0.54 M parameters.", upscale=4),
+}
+# The files are called "x2.pth" and so on.
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration, cache_each=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.kernels.precision import at_least_float32, without_autocast
@@ -32,16 +32,10 @@ from visionattn.models.frames.restorer import (
     run_body,
     super_resolution_cfg,
 )
-from visionattn.models.registry.layout import (
-    Layout,
-    Names,
-    Shapes,
-    Weights,
-    converter,
-    window_index,
-    window_of,
-    window_offsets,
-)
+from visionattn.models.hosts.swin_buffers import window_index, window_offsets
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes, window_of
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["CRAFT"]
 
@@ -385,11 +379,13 @@ _NAMES = Names(
 _POINTWISE = re.compile(r"\.(?:fuse\.(?:attn\.(?:q|kv|proj)|mlp\.fc[12])|high\.(?:fc|last_fc))\.weight$")
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names, without stored offsets and indices."""
-    kept = {n: v for n, v in official.items() if not n.startswith(("relative_position_index_", "biases_"))}
-    out = {_NAMES.to_ours(name): value for name, value in kept.items()}
-    return {name: value.flatten(1) if _POINTWISE.search(name) else value for name, value in out.items()}
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without stored offsets and indices; the 1x1 convolutions become linear layers."""
+    return {
+        name: value.flatten(1) if _POINTWISE.search(name) and value.ndim == 4 else value
+        for name, value in weights.items()
+        if not name.startswith(("relative_position_index_", "biases_"))
+    }
 
 
 def _to_official(weights: Weights, model: CRAFT) -> dict[str, Tensor]:
@@ -421,19 +417,23 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     return out
 
 
-LAYOUTS = (
-    Layout(
-        "craft",
-        CRAFT,
-        (r"\.fuse\.attn\.temperature$", r"\.low\.0\.", r"\.high\."),
-        _to_ours,
-        _arguments,
-        _to_official,
-        wrapper="params",
-        unlearned=("split_size", "img_range", "pad"),
-    ),
+LAYOUT = Layout(
+    family="craft",
+    model_cls=CRAFT,
+    marks=(r"\.fuse\.attn\.temperature$", r"\.low\.0\.", r"\.high\."),
+    rename=_NAMES.to_ours,
+    convert=_convert,
+    reads={
+        "conv_first.weight": 4,
+        "upsample.0.weight": 4,
+        "layers.0.blocks.0.fuse.attn.temperature": 3,
+        "layers.0.blocks.0.low.0.mlp.fc1.weight": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="params",
+    unlearned=("split_size", "img_range", "pad"),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(results: str) -> dict[str, Any]:
@@ -457,24 +457,9 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_craft(variant: str, pretrained: bool = False, **kwargs: Any) -> CRAFT:
-    return build_restoration(CRAFT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def craft_x2(pretrained: bool = False, **kwargs: Any) -> CRAFT:
-    """CRAFT x2: 0.74 M parameters."""
-    return _create_craft("craft_x2", pretrained, **{"upscale": 2, **kwargs})
-
-
-@register_model
-def craft_x3(pretrained: bool = False, **kwargs: Any) -> CRAFT:
-    """CRAFT x3: 0.74 M parameters."""
-    return _create_craft("craft_x3", pretrained, **{"upscale": 3, **kwargs})
-
-
-@register_model
-def craft_x4(pretrained: bool = False, **kwargs: Any) -> CRAFT:
-    """CRAFT x4: 0.75 M parameters, 3.5 GMACs for a 64x64 input."""
-    return _create_craft("craft_x4", pretrained, **{"upscale": 4, **kwargs})
+VARIANTS = {
+    "craft_x2": Variant("CRAFT x2: 0.74 M parameters.", upscale=2),
+    "craft_x3": Variant("CRAFT x3: 0.74 M parameters.", upscale=3),
+    "craft_x4": Variant("CRAFT x4: 0.75 M parameters, 3.5 GMACs for a 64x64 input.", upscale=4),
+}
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)

@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from visionattn.layers.bands import by_bands
 from visionattn.layers.linear import Linear
 from visionattn.models.frames.restorer import RestorationInfo, build_restoration, pad_to_multiple
-from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["HSDT", "HSDTSSR"]
 
@@ -457,11 +459,10 @@ _NAMES = Names(
 )
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names; 3-D convolutions of one band, or of one pixel, become 2-D ones."""
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """3-D convolutions of one band, or of one pixel, become 2-D ones."""
     out = {}
-    for name, value in official.items():
-        name = _NAMES.to_ours(name)
+    for name, value in weights.items():
         if value.ndim == 5 and ".spatial" in name:
             value = value.squeeze(2)
         elif value.ndim == 5 and ".spectral" in name:
@@ -496,16 +497,27 @@ def _arguments_ssr(ours: Shapes, official: Shapes) -> dict[str, Any]:
     return {**arguments, "bands": bands, "in_chans": ours["proj.weight"][1]}
 
 
+_READS = {"head.attn.queries.weight": 2, "head.conv.spatial1.weight": 4}
 _MARKS = (r"^head\.conv\.spectral\.", r"\.mlp\.gated\.")
-LAYOUTS = (
-    Layout(
-        *("hsdt", HSDTSSR, (*_MARKS, r"^proj\.weight$"), _to_ours, _arguments_ssr, _to_official),
-        wrapper="net",
-        unlearned=("query",),
-    ),
-    Layout("hsdt", HSDT, _MARKS, _to_ours, _arguments, _to_official, wrapper="net", unlearned=("query",)),
+LAYOUT = Layout(
+    family="hsdt",
+    model_cls=HSDT,
+    marks=_MARKS,
+    rename=_NAMES.to_ours,
+    convert=_convert,
+    reads=_READS,
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="net",
+    unlearned=("query",),
 )
-checkpoint_filter_fn = converter(_to_ours)
+_LAYOUT_SSR = replace(
+    LAYOUT,
+    model_cls=HSDTSSR,
+    marks=(*_MARKS, r"^proj\.weight$"),
+    reads={**_READS, "proj.weight": 4},
+    arguments=_arguments_ssr,
+)
 
 
 def _cfg(notes: Sequence[str] = (), **kwargs: Any) -> dict[str, Any]:
@@ -569,57 +581,28 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_hsdt(variant: str, pretrained: bool = False, model_cls: type = HSDT, **kwargs: Any) -> Any:
-    return build_restoration(
-        model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
-    )
-
-
-@register_model
-def hsdt_s(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-S: 0.13 M parameters, 189 GMACs for 31 bands of 512x512."""
-    return _create_hsdt("hsdt_s", pretrained, **{"embed_dim": 8, **kwargs})
-
-
-@register_model
-def hsdt_m(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-M: 0.52 M parameters, 750 GMACs for 31 bands of 512x512."""
-    return _create_hsdt("hsdt_m", pretrained, **{"embed_dim": 16, **kwargs})
-
-
-@register_model
-def hsdt_l(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-L: 2.09 M parameters, 1045 GMACs for 31 bands of 512x512."""
-    args = {"embed_dim": 16, "depth": 7, "downsample": (1, 3, 5)}
-    return _create_hsdt("hsdt_l", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def hsdt_4(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT of 4 channels: 0.04 M parameters."""
-    return _create_hsdt("hsdt_4", pretrained, **{"embed_dim": 4, **kwargs})
-
-
-@register_model
-def hsdt_24(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT of 24 channels: 1.16 M parameters."""
-    return _create_hsdt("hsdt_24", pretrained, **{"embed_dim": 24, **kwargs})
-
-
-@register_model
-def hsdt_32(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT of 32 channels: 2.05 M parameters."""
-    return _create_hsdt("hsdt_32", pretrained, **{"embed_dim": 32, **kwargs})
-
-
-@register_model
-def hsdt_pnp(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-M that is told the level of the noise, for plug-and-play restoration: 0.52 M parameters."""
-    return _create_hsdt("hsdt_pnp", pretrained, **{"noise_map": True, **kwargs})
-
-
-@register_model
-def hsdt_ssr(pretrained: bool = False, **kwargs: Any) -> HSDTSSR:
-    """HSDT-M behind a linear layer, for spectral super-resolution of RGB images: 0.52 M parameters."""
-    return _create_hsdt("hsdt_ssr", pretrained, HSDTSSR, **kwargs)
+VARIANTS = {
+    "hsdt_s": Variant("HSDT-S: 0.13 M parameters, 189 GMACs for 31 bands of 512x512.", embed_dim=8),
+    "hsdt_m": Variant("HSDT-M: 0.52 M parameters, 750 GMACs for 31 bands of 512x512.", embed_dim=16),
+    "hsdt_l": Variant(
+        "HSDT-L: 2.09 M parameters, 1045 GMACs for 31 bands of 512x512.",
+        embed_dim=16,
+        depth=7,
+        downsample=(1, 3, 5),
+    ),
+    "hsdt_4": Variant("HSDT of 4 channels: 0.04 M parameters.", embed_dim=4),
+    "hsdt_24": Variant("HSDT of 24 channels: 1.16 M parameters.", embed_dim=24),
+    "hsdt_32": Variant("HSDT of 32 channels: 2.05 M parameters.", embed_dim=32),
+    "hsdt_pnp": Variant(
+        "HSDT-M that is told the level of the noise, for plug-and-play restoration: 0.52 M parameters.",
+        noise_map=True,
+    ),
+}
+_VARIANTS_SSR = {
+    "hsdt_ssr": Variant(
+        "HSDT-M behind a linear layer, for spectral super-resolution of RGB images: 0.52 M parameters."
+    ),
+}
+# The longer form first: weights with its linear layer have the marks of the other too.
+register(__name__, _LAYOUT_SSR, _VARIANTS_SSR, builder=build_restoration)
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)

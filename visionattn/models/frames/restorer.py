@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from visionattn.layers.bands import by_bands
 from visionattn.layers.maps import on_nhwc
-from visionattn.models.registry.layout import Shapes, build
+from visionattn.models.registry.shapes import Shapes
 
 RestorationTask = Literal[
     "super-resolution",
@@ -185,7 +186,7 @@ def build_restoration(model_cls: type, variant: str, pretrained: bool, **kwargs:
             )
         return weights
 
-    return build(
+    return build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
