@@ -27,7 +27,7 @@ class VolumeConv(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, D, H, W, C]` to `[B, D, H', W', C']`."""
-        # What is counted on the meta device may run on a CPU.
+        # A pass that is counted on the meta device may run on a CPU.
         if torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta") or not _unfolds(x):
             return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
         near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
