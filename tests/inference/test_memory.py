@@ -99,7 +99,7 @@ def test_threads_with_budgets_of_their_own_and_without_use_one_network():
         if not args[0].is_meta:
             heights[here.name].add(args[0].shape[1])
 
-    net.layers[0].blocks[0].norm2.register_forward_pre_hook(note)
+    net.get_submodule("layers.0.blocks.0.norm2").register_forward_pre_hook(note)
 
     def repeat(name: str, backend: str, run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
         here.name = name

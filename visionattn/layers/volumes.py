@@ -96,8 +96,8 @@ class UpConv(VolumeConv):
             height: rows of the map, if `x` is a band.
         """
         rows, columns = x.shape[2:4]
-        if places is not None and height != rows:
-            x = _double_rows(x, places, height or rows)
+        if places is not None and height is not None and height != rows:
+            x = _double_rows(x, places, height)
         size = (x.shape[1], 2 * rows, 2 * columns)
         # On channels-last memory, that of volumes is three times as fast as that of maps.
         x = F.interpolate(x.permute(0, 4, 1, 2, 3), size, mode="trilinear", align_corners=True)

@@ -89,7 +89,8 @@ class Restorer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of storing what they hold."""
-        for module in self.modules():
+        modules: Iterable[Any] = self.modules()
+        for module in modules:
             if "grad_checkpointing" in vars(module):
                 module.grad_checkpointing = enable
 
