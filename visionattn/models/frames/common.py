@@ -10,7 +10,8 @@ from timm.layers import DropPath, LayerScale, trunc_normal_
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from visionattn.layers.linear import Mlp, add_pixelwise, linear
+from visionattn.kernels import product
+from visionattn.layers.linear import Mlp, add_pixelwise
 from visionattn.layers.maps import is_known_to_be, on_nhwc
 
 Size = tuple[int, int]
@@ -124,7 +125,7 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return on_nhwc(conv, x)
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     patches = x.unfold(1, height, step_y).unfold(2, width, step_x).flatten(3)
-    return linear(patches, conv.weight.flatten(1), conv.bias)
+    return product(patches, conv.weight.flatten(1), conv.bias)
 
 
 def resize_tokens(tokens: Tensor, size: Size, new_size: Size, mode: str) -> Tensor:
