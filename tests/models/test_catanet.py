@@ -11,12 +11,12 @@ from timm.models import list_models
 from torch import Tensor
 
 import visionattn
+from visionattn.layers.overlapping_patches import _overlapping_patches
 from visionattn.models.catanet import (
     LAYOUT,
     CATANet,
     LocalAttention,
     TokenAggregation,
-    _overlapping_patches,
 )
 
 SMALL: dict[str, Any] = {"patch_sizes": (8, 12), "num_centres": (5, 9), "group_sizes": (32, 20)}

@@ -10,7 +10,9 @@ from timm.models import list_models
 from torch import nn
 
 import visionattn
-from visionattn.models.rgt import LAYOUT, RGT, RecursiveGeneralizationAttention, _reductions
+from visionattn.models.rgt import LAYOUT, RGT, RecursiveGeneralizationAttention
+
+reductions = RecursiveGeneralizationAttention.reductions
 
 
 def small(**kwargs: object) -> RGT:
@@ -44,14 +46,14 @@ def test_recursion_depth_is_the_official_one_where_that_exists():
         evaluation = max(int(math.log(side // 16, 4)), 2)
         training = int(math.log(side // 4, 4))
         # Powers of 4 whose floating-point logarithm falls short would show here.
-        assert _reductions(side, side, training=False) == evaluation
-        assert _reductions(side, 16 * side, training=True) == _reductions(16 * side, side, training=True)
-        assert _reductions(side, side, training=True) == training
+        assert reductions(side, side, training=False) == evaluation
+        assert reductions(side, 16 * side, training=True) == reductions(16 * side, side, training=True)
+        assert reductions(side, side, training=True) == training
 
 
 def test_recursion_leaves_a_pixel_of_the_shorter_side():
-    assert _reductions(1024, 64, training=False) == 3
-    assert _reductions(1024, 63, training=False) == 2
+    assert reductions(1024, 64, training=False) == 3
+    assert reductions(1024, 63, training=False) == 2
     layer = RecursiveGeneralizationAttention(12, 2).eval()
     x = torch.rand(1, 1024, 17, 12)
     assert layer.add_to(x, nn.Identity(), nn.Identity()).isfinite().all()
