@@ -36,7 +36,8 @@ class Guest:
         family: the name of the family.
         attention: makes the attention of a block: called as `attention(dim, num_heads, stage=i, size=(height,
             width), prefix=..., device=..., dtype=..., **options)`, the size being that of the stage's map at
-            the training size, prefix whether a class token precedes the map.
+            the training size, prefix whether a class token precedes the map. A convolution of its values is
+            called `dwc`.
         mark: a parameter of every such attention, for instance `"an_bias"`.
         mark_dims: its number of dimensions.
         heads: the number of heads from its shape.
@@ -59,6 +60,11 @@ class Guest:
     options: Mapping[str, Any] = field(default_factory=dict)
     read_options: Callable[[Sequence[Shape | None]], dict[str, Any]] = _no_options
     unlearned: tuple[str, ...] = ()
+
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """Arguments of a hierarchical host that no weight of the guest tells."""
+        return self.unlearned if self.axes else (*self.unlearned, "img_size")
 
     def with_options(self, **options: Any) -> Guest:
         """The guest with its options bound."""
