@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from torch import nn
 
 from benchmarks.measure import peak_memory
 from visionattn.inference import parse_bytes, run_within
-from visionattn.layers.bands import by_bands, fold_by_bands, perform
+from visionattn.inference.rehearsal import without_data
+from visionattn.kernels import use_backend
 
 CPU = torch.device("cpu")
 every_restorer = pytest.mark.parametrize(
@@ -80,6 +84,53 @@ def test_the_budget_holds_for_one_call_and_leaves_no_trace():
         run_within(net.train(), image, "1GB")
 
 
+def test_threads_with_budgets_of_their_own_and_without_use_one_network():
+    """Each gets its own result, by its own backend and in bands of its own, whatever the others do."""
+    net, image = build("hat_x2")
+    with torch.no_grad():
+        whole = net(image)
+    least, ready = smallest_budget(net, image), threading.Barrier(3)
+    with use_backend("reference"):
+        more = 4 * smallest_budget(net, image)
+    heights: dict[str, set[int]] = {"low": set(), "high": set(), "none": set()}
+    here = threading.local()
+
+    def note(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        if not args[0].is_meta:
+            heights[here.name].add(args[0].shape[1])
+
+    net.get_submodule("layers.0.blocks.0.norm2").register_forward_pre_hook(note)
+
+    def repeat(name: str, backend: str, run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+        here.name = name
+        ready.wait()
+        with use_backend(backend), torch.no_grad():
+            return [run() for _ in range(3)]
+
+    with ThreadPoolExecutor(3) as pool:
+        results = [
+            pool.submit(repeat, "low", "torch", lambda: run_within(net, image, least)),
+            pool.submit(repeat, "high", "reference", lambda: run_within(net, image, more)),
+            pool.submit(repeat, "none", "torch", lambda: net(image)),
+        ]
+        outputs = [result.result() for result in results]
+    assert all(torch.equal(out, whole) for out in outputs[2])
+    for out in (*outputs[0], *outputs[1]):
+        assert (out - whole).abs().max() <= 1e-6 * whole.abs().max()
+    assert max(heights["low"]) < max(heights["high"])
+    assert heights["none"] == {168}
+
+
+def test_the_twin_without_data_leaves_the_network_alone():
+    net, _ = build("hat_x2")
+    before = {name: id(value) for name, value in net.state_dict(keep_vars=True).items()}
+    twin = without_data(net)
+    assert twin.state_dict().keys() == net.state_dict().keys()
+    assert all(value.is_meta for value in (*twin.parameters(), *twin.buffers()))
+    assert {name: id(value) for name, value in net.state_dict(keep_vars=True).items()} == before
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in net.parameters()]
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("2GB", 2 * 10**9), ("512MiB", 512 * 2**20), ("1.5 gib", 3 * 2**29), ("800M", 8 * 10**8), (12, 12)],
@@ -92,35 +143,3 @@ def test_sizes(text: str | int, size: int):
 def test_wrong_sizes_are_one_sentence(text: str | int):
     with pytest.raises(ValueError, match="a size in bytes reads 2GB"):
         parse_bytes(text)
-
-
-def windows(x: torch.Tensor, top: int | None) -> torch.Tensor:
-    """Sums of pairs of rows that begin at odd ones, on a torus."""
-    if top is None:
-        return windows(torch.cat((x[:, -1:], x, x[:, :1]), 1), -1)[:, 1:-1]
-    first = (1 - top) % 2
-    rows = (x.shape[1] - first) // 2 * 2
-    sums = x[:, first : first + rows].unflatten(1, (-1, 2)).sum(2).repeat_interleave(2, 1)
-    return torch.nn.functional.pad(sums, (0, 0, first, x.shape[1] - first - rows))
-
-
-@pytest.mark.parametrize("height", [2, 4, 7, 12, 30])
-def test_bands_of_a_torus(height: int):
-    x = torch.arange(24.0).square().view(1, 12, 2)
-    whole = by_bands(windows, x, halo=1, align=2, offset=1, wrap=True, placed=True)
-    assert whole[0, 0, 0] == x[0, 0, 0] + x[0, 11, 0]
-    with perform([height]):
-        banded = by_bands(windows, x, halo=1, align=2, offset=1, wrap=True, placed=True)
-    torch.testing.assert_close(banded, whole, rtol=0, atol=0)
-
-
-def test_folding_sees_every_row_once():
-    x = torch.rand(2, 11, 3)
-
-    def add(total: torch.Tensor, x: torch.Tensor, core: slice) -> torch.Tensor:
-        assert x[:, core].shape[1] <= 4
-        return total + x[:, core].sum()
-
-    with perform([4]):
-        total = fold_by_bands(add, torch.zeros(()), x, halo=2)
-    torch.testing.assert_close(total, x.sum())

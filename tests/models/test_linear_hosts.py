@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
-from visionattn.layers import AgentAttention2d, InLineAttention2d, WindowAttention2d, linear
-from visionattn.models.frames import pyramid as _pyramid
-from visionattn.models.hosts.hosts import StripeAttention
+from visionattn.layers import AgentAttention2d, InLineAttention2d, WindowAttention2d, bands
+from visionattn.models.frames import common
+from visionattn.models.hosts.cswin import StripeAttention
 
 DEIT: dict[str, Any] = {"embed_dim": 48, "num_heads": 2, "depth": 3}
 PVT: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}
@@ -244,9 +244,9 @@ def test_inference_in_pieces_gives_the_same(name, monkeypatch):
     """Large maps pass the MLPs piece by piece, small ones meet convolutions as products of patches."""
     net, image = build(name).double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
     expected = net(image).detach()
-    monkeypatch.setattr(linear, "_IN_CACHE", 0)
-    monkeypatch.setattr(linear, "_PIECE", 7)
-    monkeypatch.setattr(_pyramid, "_WEIGHTS_PER_NUMBER", 0)
+    monkeypatch.setattr(bands, "_IN_CACHE", 0)
+    monkeypatch.setattr(bands, "_PIECE", 7)
+    monkeypatch.setattr(common, "_WEIGHTS_PER_NUMBER", 0)
     with torch.inference_mode():
         torch.testing.assert_close(net(image), expected)
         features = net.forward_intermediates(image, intermediates_only=True)

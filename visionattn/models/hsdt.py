@@ -6,107 +6,27 @@ https://arxiv.org/abs/2303.09040. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from visionattn.layers.bands import by_bands
+from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
-from visionattn.models.frames.restorer import RestorationInfo, build_restoration, pad_to_multiple
-from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter
+from visionattn.layers.residual_group import run_blocks
+from visionattn.layers.volumes import DownConv, SpectralSpatialConv, UpConv, VolumeConv
+from visionattn.models.frames.restorer import RestorationInfo, Restorer, build_restoration, restoration_cfg
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["HSDT", "HSDTSSR"]
 
 Query = Literal["learned", "self"]
-
-_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-class SpectralSpatialConv(nn.Module):
-    """S3Conv: two 3x3 convolutions of every band, plus a convolution along three bands of the same input.
-
-    Both run as 2-D convolutions on channels-last memory, the spectral one on maps of bands by pixels: on a
-    CPU it takes a fifth of the time of a 3-D convolution.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.spatial1 = nn.Conv2d(in_dim, dim, 3, padding=1, bias=False, **dd)
-        self.spatial2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False, **dd)
-        self.act = nn.LeakyReLU(inplace=True)
-        self.spectral = nn.Conv2d(in_dim, dim, (3, 1), padding=(1, 0), bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, D, H, W, in_dim]` to `[B, D, H, W, dim]`."""
-        y = _on_maps(lambda maps: self.act(self.spatial2(self.act(self.spatial1(maps)))), x)
-        z = self.spectral(x.flatten(2, 3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return y + z.reshape(y.shape)
-
-    def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
-        """`then` of the output, by bands."""
-        return by_bands(lambda rows: then(self(rows)), x, halo=2, dim=2)
-
-
-class DownConv(nn.Conv3d):
-    """3-D convolution that halves the sides of the maps and doubles their channels."""
-
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, 2 * dim, 3, stride=(1, 2, 2), padding=1, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, H / 2, W / 2, 2 * C]`."""
-        return _convolve(self, x)
-
-    def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
-        """`then` of the output, by bands."""
-        cut: dict[str, Any] = {"halo": 2, "align": 2, "scale": Fraction(1, 2), "dim": 2}
-        return by_bands(lambda rows: then(self(rows)), x, **cut)
-
-
-class UpConv(nn.Conv3d):
-    """Linear enlargement of the maps to twice their sides, then a 3-D convolution to half the channels."""
-
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, dim // 2, 3, padding=1, bias=False, **dd)
-
-    def forward(self, x: Tensor, top: int = 0, height: int | None = None) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`.
-
-        Args:
-            x: a map, or a band of its rows.
-            top: the row of the map that a band begins with.
-            height: rows of the map, if `x` is a band.
-        """
-        rows, columns = x.shape[2:4]
-        if height is not None and height != rows:
-            x = _double_rows(x, top, height)
-        size = (x.shape[1], 2 * rows, 2 * columns)
-        # On channels-last memory, that of volumes is three times as fast as that of maps.
-        x = F.interpolate(x.permute(0, 4, 1, 2, 3), size, mode="trilinear", align_corners=True)
-        return _convolve(self, x.permute(0, 2, 3, 4, 1))
-
-    def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
-        """`then` of the output, by bands."""
-        height = x.shape[2]
-        return by_bands(
-            lambda rows, top: then(self(rows, top, height)), x, halo=2, scale=2, dim=2, placed=True
-        )
 
 
 class GuidedSpectralAttention(nn.Module):
@@ -197,13 +117,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv.on_map(x, self._normalise)
         weights = self.attn.weights(x)
-        return by_bands(lambda rows: self.mlp(self.attn(rows, weights)), x, dim=2, into=x)
+        return pixelwise(lambda rows: self.mlp(self.attn(rows, weights)), x, dim=2, into=x)
 
     def _normalise(self, x: Tensor) -> Tensor:
         return self.bn(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
-class HSDT(nn.Module):
+class HSDT(Restorer):
     """HSDT; hyperspectral images `[B, bands, H, W]` in [0, 1] to the same shape, of any height and width.
 
     The official shape `[B, 1, bands, H, W]` is taken and returned too. Images whose sides cannot be halved
@@ -221,9 +141,6 @@ class HSDT(nn.Module):
         self_query_rate: how often, in training, a block compares bands with each other instead of with the
             learned queries; 0.5 in official training.
 
-    Attributes:
-        info: what tools need to know to run it.
-
     Raises:
         ValueError: an unknown `query`, or a `downsample` that the encoder lacks.
     """
@@ -240,25 +157,23 @@ class HSDT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if query not in ("learned", "self"):
             raise ValueError(f"query={query!r} is unknown; choose 'learned' or 'self'")
         if not set(downsample) <= set(range(depth)):
             raise ValueError(f"downsample must name blocks from 0 to {depth - 1}, got {tuple(downsample)}")
         multiple = 2 ** len(downsample)
-        self.in_chans = self.num_bands = in_chans
-        self.num_classes = 0
-        self.num_features = embed_dim
-        self.query = query
-        self.noise_map = noise_map
-        self.info = RestorationInfo(
+        info = RestorationInfo(
             task="hyperspectral-denoising",
             channels=in_chans,
             min_size=multiple // 2 + 1,
             size_multiple=multiple,
             exact_tiling=False,
         )
+        super().__init__(info, embed_dim)
+        self.num_bands = in_chans
+        self.query = query
+        self.noise_map = noise_map
 
         def block(conv: type[Any], dims: Sequence[int], dim: int) -> Block:
             attn = GuidedSpectralAttention(dim, in_chans, query, self_query_rate, **dd)
@@ -276,13 +191,9 @@ class HSDT(nn.Module):
         self.head = block(SpectralSpatialConv, (2 if noise_map else 1, embed_dim), embed_dim)
         self.encoder = nn.ModuleList(encoder)
         self.decoder = nn.ModuleList(reversed(decoder))
-        self.tail = nn.Conv3d(embed_dim, 1, 3, padding=1, **dd)
+        self.tail = VolumeConv(embed_dim, 1, 3, padding=1, **dd)
         self.grad_checkpointing = False
         self.apply(_init_weights)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
-        return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers for layer-wise decay; coarse and fine are the same."""
@@ -291,19 +202,16 @@ class HSDT(nn.Module):
         blocks += [(rf"^decoder\.{i}\.", (depth + i,)) for i in range(depth)]
         return {"stem": r"^(?:proj|head)", "blocks": [*blocks, (r"^tail", (99999,))]}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        self.grad_checkpointing = enable
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Input maps `[B, D, H, W, 1 or 2]` to features `[B, D, H, W, embed_dim]`."""
+        recompute = self.grad_checkpointing and self.training
         skips = [self.head(x)]
         for block in self.encoder:
-            skips.append(self._run(block, skips[-1]))
+            skips.append(run_blocks((block,), skips[-1], recompute))
         y = skips.pop()
         for block in self.decoder:
-            y = self._run(block, y)
-            y = by_bands(torch.add, y, skips.pop(), dim=2, into=y)
+            y = run_blocks((block,), y, recompute)
+            y = pixelwise(torch.add, y, skips.pop(), dim=2, into=y)
         return y
 
     def forward(self, x: Tensor, noise_level: Tensor | float | None = None) -> Tensor:
@@ -323,20 +231,15 @@ class HSDT(nn.Module):
                 too small to be padded; the message says the smallest size.
         """
         maps = self._input_maps(x, noise_level)
-        height, width = maps.shape[-2:]
-        padded = pad_to_multiple(maps.flatten(1, 2), self.info.size_multiple)
-        padded = padded.unflatten(1, maps.shape[1:3])
+        padded = self.padded(maps.flatten(1, 2)).unflatten(1, maps.shape[1:3])
         y = self.forward_features(padded.permute(0, 2, 3, 4, 1).contiguous())
 
         def tail(y: Tensor, x: Tensor) -> Tensor:
-            return x + _convolve(self.tail, y)
+            return x + self.tail(y)
 
-        y = by_bands(tail, y, padded[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2)
-        y = y.permute(0, 4, 1, 2, 3)[..., :height, :width]
+        y = convolved(tail, y, padded[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2)
+        y = self.cropped(y.permute(0, 4, 1, 2, 3), x)
         return y if x.dim() == 5 else y[:, 0]
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
 
     def _input_maps(self, x: Tensor, noise_level: Tensor | float | None) -> Tensor:
         """`[B, 1 or 2, D, H, W]`: the image, and the noise map if the network takes one."""
@@ -392,49 +295,6 @@ class HSDTSSR(HSDT):
         return super().forward(F.leaky_relu(self.proj(x)))[..., :height, :width]
 
 
-def _on_maps(function: Any, x: Tensor) -> Tensor:
-    """A 2-D operation on every band of `[B, D, H, W, C]`; the permutations are views of its memory."""
-    y = function(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return y.unflatten(0, x.shape[:2])
-
-
-def _convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """A 3x3x3 convolution of `[B, D, H, W, C]`.
-
-    Small single images would be unfolded on a CPU, 27 times their size: they run as maps with the channels of
-    three bands each.
-    """
-    # What is counted on the meta device may run on a CPU.
-    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta") or not _unfolds(x):
-        y = F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, padding=1)
-        return y.permute(0, 2, 3, 4, 1)
-    near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
-    three = torch.cat((near[:, :-2], x, near[:, 2:]), -1)
-    weight = conv.weight.transpose(1, 2).flatten(1, 2)
-    return _on_maps(lambda maps: F.conv2d(maps, weight, conv.bias, conv.stride[1:], padding=1), three)
-
-
-def _unfolds(x: Tensor) -> bool:
-    """Whether PyTorch on a CPU convolves `[B, D, H, W, C]` as a volume without oneDNN."""
-    batch, bands, height, _, channels = x.shape
-    return not _ONEDNN or (batch == 1 and bands * height * channels <= 20480)
-
-
-def _double_rows(x: Tensor, top: int, height: int) -> Tensor:
-    """Linear enlargement along rows of a band `[B, D, rows, W, C]` of a map, its corners being aligned.
-
-    The numbers are those of `F.interpolate` on the whole map, which places the output rows in float32. Rows
-    that need others than the band's are wrong.
-    """
-    rows = torch.arange(2 * top, 2 * (top + x.shape[2]), device=x.device, dtype=torch.float32)
-    rows = rows * (torch.tensor(float(height - 1), device=x.device) / (2 * height - 1))
-    upper = rows.floor()
-    upper_rows, lower_rows = (
-        x.index_select(2, (index.long() - top).clamp(0, x.shape[2] - 1)) for index in (upper, upper + 1)
-    )
-    return torch.lerp(upper_rows, lower_rows, (rows - upper).to(x.dtype)[:, None, None])
-
-
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
         nn.init.xavier_normal_(module.weight)  # what the authors advise
@@ -457,11 +317,10 @@ _NAMES = Names(
 )
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names; 3-D convolutions of one band, or of one pixel, become 2-D ones."""
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """3-D convolutions of one band, or of one pixel, become 2-D ones."""
     out = {}
-    for name, value in official.items():
-        name = _NAMES.to_ours(name)
+    for name, value in weights.items():
         if value.ndim == 5 and ".spatial" in name:
             value = value.squeeze(2)
         elif value.ndim == 5 and ".spectral" in name:
@@ -496,26 +355,31 @@ def _arguments_ssr(ours: Shapes, official: Shapes) -> dict[str, Any]:
     return {**arguments, "bands": bands, "in_chans": ours["proj.weight"][1]}
 
 
+_READS = {"head.attn.queries.weight": 2, "head.conv.spatial1.weight": 4}
 _MARKS = (r"^head\.conv\.spectral\.", r"\.mlp\.gated\.")
-LAYOUTS = (
-    Layout(
-        *("hsdt", HSDTSSR, (*_MARKS, r"^proj\.weight$"), _to_ours, _arguments_ssr, _to_official),
-        wrapper="net",
-        unlearned=("query",),
-    ),
-    Layout("hsdt", HSDT, _MARKS, _to_ours, _arguments, _to_official, wrapper="net", unlearned=("query",)),
+LAYOUT = Layout(
+    family="hsdt",
+    model_cls=HSDT,
+    marks=_MARKS,
+    rename=_NAMES.to_ours,
+    convert=_convert,
+    reads=_READS,
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="net",
+    unlearned=("query",),
 )
-checkpoint_filter_fn = converter(_to_ours)
+_LAYOUT_SSR = replace(
+    LAYOUT,
+    model_cls=HSDTSSR,
+    marks=(*_MARKS, r"^proj\.weight$"),
+    reads={**_READS, "proj.weight": 4},
+    arguments=_arguments_ssr,
+)
 
 
-def _cfg(notes: Sequence[str] = (), **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (31, 64, 64),
-        "min_input_size": (31, 3, 3),
-        "mean": (0.0,) * 31,
-        "std": (1.0,) * 31,
+def _cfg(notes: Sequence[str] = (), channels: int = 31, **kwargs: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
         "first_conv": "head.conv.spatial1",
         "license": "mit",
         "paper_ids": "arXiv:2303.09040",
@@ -523,8 +387,8 @@ def _cfg(notes: Sequence[str] = (), **kwargs: Any) -> dict[str, Any]:
         "origin_url": "https://github.com/Zeqiang-Lai/HSDT",
         "description": "weights: https://github.com/Zeqiang-Lai/HSDT/releases/tag/v1.0" if notes else "",
         "notes": tuple(notes),
-        **kwargs,
     }
+    return restoration_cfg(channels=channels, **{"min_size": 3, **facts, **kwargs})
 
 
 def _gaussian(*results: str) -> list[str]:
@@ -552,74 +416,39 @@ default_cfgs = generate_default_cfgs(
         "hsdt_m.icvl_complex": _cfg(_complex(44.56, 44.29, 44.18, 41.28, 40.46)),
         "hsdt_l.icvl_gaussian": _cfg(
             _gaussian("44.31/.992/.041", "42.09/.987/.048", "40.59/.982/.054", "43.59/.989/.044"),
-            min_input_size=(31, 5, 5),
+            min_size=5,
         ),
-        "hsdt_l.icvl_complex": _cfg(_complex(44.94, 44.69, 44.55, 42.02, 41.07), min_input_size=(31, 5, 5)),
+        "hsdt_l.icvl_complex": _cfg(_complex(44.94, 44.69, 44.55, 42.02, 41.07), min_size=5),
         "hsdt_4": _cfg(),
         "hsdt_24": _cfg(),
         "hsdt_32": _cfg(),
         "hsdt_pnp": _cfg(),
-        "hsdt_ssr": _cfg(
-            input_size=(3, 64, 64),
-            min_input_size=(3, 3, 3),
-            mean=(0.0,) * 3,
-            std=(1.0,) * 3,
-            first_conv="proj",
-        ),
+        "hsdt_ssr": _cfg(channels=3, first_conv="proj"),
     }
 )
 
-
-def _create_hsdt(variant: str, pretrained: bool = False, model_cls: type = HSDT, **kwargs: Any) -> Any:
-    return build_restoration(
-        model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
-    )
-
-
-@register_model
-def hsdt_s(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-S: 0.13 M parameters, 189 GMACs for 31 bands of 512x512."""
-    return _create_hsdt("hsdt_s", pretrained, **{"embed_dim": 8, **kwargs})
-
-
-@register_model
-def hsdt_m(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-M: 0.52 M parameters, 750 GMACs for 31 bands of 512x512."""
-    return _create_hsdt("hsdt_m", pretrained, **{"embed_dim": 16, **kwargs})
-
-
-@register_model
-def hsdt_l(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-L: 2.09 M parameters, 1045 GMACs for 31 bands of 512x512."""
-    args = {"embed_dim": 16, "depth": 7, "downsample": (1, 3, 5)}
-    return _create_hsdt("hsdt_l", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def hsdt_4(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT of 4 channels: 0.04 M parameters."""
-    return _create_hsdt("hsdt_4", pretrained, **{"embed_dim": 4, **kwargs})
-
-
-@register_model
-def hsdt_24(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT of 24 channels: 1.16 M parameters."""
-    return _create_hsdt("hsdt_24", pretrained, **{"embed_dim": 24, **kwargs})
-
-
-@register_model
-def hsdt_32(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT of 32 channels: 2.05 M parameters."""
-    return _create_hsdt("hsdt_32", pretrained, **{"embed_dim": 32, **kwargs})
-
-
-@register_model
-def hsdt_pnp(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-M that is told the level of the noise, for plug-and-play restoration: 0.52 M parameters."""
-    return _create_hsdt("hsdt_pnp", pretrained, **{"noise_map": True, **kwargs})
-
-
-@register_model
-def hsdt_ssr(pretrained: bool = False, **kwargs: Any) -> HSDTSSR:
-    """HSDT-M behind a linear layer, for spectral super-resolution of RGB images: 0.52 M parameters."""
-    return _create_hsdt("hsdt_ssr", pretrained, HSDTSSR, **kwargs)
+VARIANTS = {
+    "hsdt_s": Variant("HSDT-S: 0.13 M parameters, 189 GMACs for 31 bands of 512x512.", embed_dim=8),
+    "hsdt_m": Variant("HSDT-M: 0.52 M parameters, 750 GMACs for 31 bands of 512x512.", embed_dim=16),
+    "hsdt_l": Variant(
+        "HSDT-L: 2.09 M parameters, 1045 GMACs for 31 bands of 512x512.",
+        embed_dim=16,
+        depth=7,
+        downsample=(1, 3, 5),
+    ),
+    "hsdt_4": Variant("HSDT of 4 channels: 0.04 M parameters.", embed_dim=4),
+    "hsdt_24": Variant("HSDT of 24 channels: 1.16 M parameters.", embed_dim=24),
+    "hsdt_32": Variant("HSDT of 32 channels: 2.05 M parameters.", embed_dim=32),
+    "hsdt_pnp": Variant(
+        "HSDT-M that is told the level of the noise, for plug-and-play restoration: 0.52 M parameters.",
+        noise_map=True,
+    ),
+}
+_VARIANTS_SSR = {
+    "hsdt_ssr": Variant(
+        "HSDT-M behind a linear layer, for spectral super-resolution of RGB images: 0.52 M parameters."
+    ),
+}
+# The longer form first: weights with its linear layer have the marks of the other too.
+register(__name__, _LAYOUT_SSR, _VARIANTS_SSR, builder=build_restoration)
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)

@@ -13,37 +13,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import DropPath
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from visionattn.layers.bands import by_bands
+from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import on_nhwc
 from visionattn.layers.rectangle_window import RectangleWindowAttention
 from visionattn.layers.residual_group import ResidualGroup
-from visionattn.models.frames.common import check_size
+from visionattn.models.frames.common import drop_path_rates, init_linear
 from visionattn.models.frames.restorer import (
-    DIV2K_MEAN,
-    TAIL_HALO,
+    ResidualRestorer,
     RestorationInfo,
+    body_arguments,
     build_restoration,
-    run_body,
     super_resolution_cfg,
-    upsampler,
-    upscale_of,
 )
-from visionattn.models.registry.layout import (
-    Layout,
-    Names,
-    Shapes,
-    Weights,
-    converter,
-    shift_mask,
-    window_index,
-    window_of,
-    window_offsets,
-)
+from visionattn.models.hosts.swin_buffers import shift_mask, window_index, window_offsets
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes, window_of
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["RGT"]
 
@@ -90,11 +80,11 @@ class RecursiveGeneralizationAttention(nn.Module):
 
     def add_to(self, x: Tensor, norm: nn.Module, drop_path: nn.Module) -> Tensor:
         """`x + drop_path(attention(norm(x)))` of a map `[B, H, W, C]`, by bands."""
-        times = _reductions(x.shape[1], x.shape[2], self.training)
+        times = self.reductions(x.shape[1], x.shape[2], self.training)
         whole = x[:, : x.shape[1] // 4 * 4] if times else x
         reduce = self.reduction if times else nn.Identity()
-        cut: dict[str, Any] = {"align": 4, "scale": Fraction(1, 4)} if times else {}
-        small = by_bands(lambda rows: on_nhwc(reduce, norm(rows)), whole, **cut)
+        scale = Fraction(1, 4) if times else 1
+        small = convolved(lambda rows: on_nhwc(reduce, norm(rows)), whole, scale=scale)
         for _ in range(times - 1):
             small = on_nhwc(self.reduction, small)
         small = F.gelu(self.norm(self.conv(on_nhwc(self.dwconv, small))))
@@ -110,7 +100,15 @@ class RecursiveGeneralizationAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
             return rows + drop_path(self.proj(out.transpose(1, 2).reshape(rows.shape)))
 
-        return by_bands(attend, x)
+        return pixelwise(attend, x)
+
+    @staticmethod
+    def reductions(height: int, width: int, training: bool) -> int:
+        """How often a map is shrunk by 4: `floor(log4(longer side / unit))`, the unit 16, in training 4."""
+        unit, times = (4, 0) if training else (16, 2)
+        while unit * 4 ** (times + 1) <= max(height, width) and 4 ** (times + 1) <= min(height, width):
+            times += 1
+        return times
 
     def _heads(self, x: Tensor) -> Tensor:
         """`[B, heads, H * W, d]` of `[B, H, W, C]`."""
@@ -168,10 +166,10 @@ class Block(nn.Module):
         def finish(y: Tensor, x: Tensor) -> Tensor:
             return y + self.drop_path(self.mlp(self.norm2(y))) + self.gamma * x
 
-        return by_bands(finish, y, x, halo=1)
+        return convolved(finish, y, x, halo=1)
 
 
-class RGT(nn.Module):
+class RGT(ResidualRestorer):
     """RGT for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
 
     Any size from 16 pixels a side works without padding the image. Every second block attends to the whole
@@ -190,9 +188,6 @@ class RGT(nn.Module):
         img_range: factor on the image before the network, undone after it.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 (0.1 in official
             training).
-
-    Attributes:
-        info: what tools need to know to run it.
 
     Raises:
         ValueError: an `upscale` without an upsampler, or heads that are odd or do not divide the channels.
@@ -214,21 +209,7 @@ class RGT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
-        self.num_classes = 0
-        self.num_features = embed_dim
-        self.img_range = img_range
-        self.mean = DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
-        self.info = RestorationInfo(
-            task="super-resolution",
-            upscale=upscale,
-            channels=in_chans,
-            min_size=_MIN_SIZE,
-            exact_tiling=False,
-            half_safe=False,
-        )
 
         def attention(group: int, block: int) -> RectangleWindowAttention | RecursiveGeneralizationAttention:
             if block % 2:
@@ -239,8 +220,7 @@ class RGT(nn.Module):
                 embed_dim, num_heads, split_size, shifted, qkv_bias=qkv_bias, **dd
             )
 
-        total = sum(depths)
-        rates = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         layers = []
         for group, depth in enumerate(depths):
             blocks = [
@@ -248,71 +228,17 @@ class RGT(nn.Module):
             ]
             layers.append(ResidualGroup(embed_dim, blocks, **dd))
 
-        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
-        self.embed_norm = nn.LayerNorm(embed_dim, **dd)
-        self.layers = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(embed_dim, **dd)
-        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
-        self.conv_before_upsample = nn.Sequential(
-            nn.Conv2d(embed_dim, 64, 3, padding=1, **dd), nn.LeakyReLU()
+        info = RestorationInfo(
+            task="super-resolution",
+            upscale=upscale,
+            channels=in_chans,
+            min_size=_MIN_SIZE,
+            exact_tiling=False,
+            half_safe=False,
         )
-        self.upsample = upsampler(64, upscale, dd)
-        self.conv_last = nn.Conv2d(64, in_chans, 3, padding=1, **dd)
-        self.apply(_init_weights)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
-        return set()
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers for layer-wise decay."""
-        blocks = r"^layers\.(\d+)"
-        fine = [
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^layers\.(\d+)\.conv", (1000,)),
-            (r"^(?:norm|conv_after_body|conv_before_upsample|upsample|conv_last)", (99999,)),
-        ]
-        return {"stem": r"^(?:conv_first|embed_norm)", "blocks": blocks if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        for module in self.modules():
-            if isinstance(module, ResidualGroup):
-                module.grad_checkpointing = enable
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`."""
-        return run_body(x, self.conv_first, (self.embed_norm, *self.layers), self.norm, self.conv_after_body)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
-
-        Raises:
-            ValueError: a side below 16 pixels.
-        """
-        check_size(x, _MIN_SIZE)
-        mean = x.new_tensor(self.mean).view(1, -1, 1, 1)
-        x = self.forward_features((x - mean) * self.img_range)
-
-        def tail(x: Tensor) -> Tensor:
-            return self.conv_last(self.upsample(self.conv_before_upsample(x))) / self.img_range + mean
-
-        return by_bands(tail, x, halo=TAIL_HALO, scale=self.info.upscale, dim=2)
-
-
-def _reductions(height: int, width: int, training: bool) -> int:
-    """How often a map is shrunk by 4: `floor(log4(longer side / unit))`, see RG-SA."""
-    unit, times = (4, 0) if training else (16, 2)
-    while unit * 4 ** (times + 1) <= max(height, width) and 4 ** (times + 1) <= min(height, width):
-        times += 1
-    return times
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        super().__init__(info, embed_dim, layers, img_range, embed_norm=True, **dd)
+        self.add_tail(**dd)
+        self.apply(init_linear)
 
 
 _NAMES = Names(
@@ -329,11 +255,13 @@ _BUFFERS = ("rpe_biases", "relative_position_index", "attn_mask_0", "attn_mask_1
 _MASKED_SIDE = 64
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names, without stored offsets, indices and masks."""
-    out = {_NAMES.to_ours(name): value for name, value in official.items() if not name.endswith(_BUFFERS)}
-    # The official 1x1 convolution.
-    return {name: t.flatten(1) if name.endswith(".attn.conv.weight") else t for name, t in out.items()}
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without stored offsets, indices and masks; the official 1x1 convolution becomes a linear layer."""
+    return {
+        name: value.flatten(1) if name.endswith(".attn.conv.weight") and value.ndim == 4 else value
+        for name, value in weights.items()
+        if not name.endswith(_BUFFERS)
+    }
 
 
 def _to_official(weights: Weights, model: RGT) -> dict[str, Tensor]:
@@ -356,44 +284,44 @@ def _to_official(weights: Weights, model: RGT) -> dict[str, Tensor]:
 
 
 def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
-    dim, in_chans = ours["conv_first.weight"][:2]
-    out: dict[str, Any] = {
-        "in_chans": in_chans,
-        "upscale": upscale_of(ours),
-        "embed_dim": dim,
-        "depths": ours.lengths("layers", "blocks"),
+    out = body_arguments(ours)
+    dim = out["embed_dim"]
+    out |= {
         "num_heads": 2 * ours["layers.0.blocks.0.attn.position_bias.0.pos3.2.weight"][0],
         "mlp_ratio": ours["layers.0.blocks.0.mlp.fc1.weight"][0] / dim,
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in ours,
     }
-    if reduced := ours.get("layers.0.blocks.1.attn.conv.weight"):
+    if reduced := ours.get("layers.0.blocks.1.attn.conv.weight", 2):
         out["c_ratio"] = reduced[0] / dim
-    index = official.get("layers.0.blocks.0.attn.attns.0.relative_position_index")
-    offsets = official.get("layers.0.blocks.0.attn.attns.0.rpe_biases")
+    index = official.get("layers.0.blocks.0.attn.attns.0.relative_position_index", 2)
+    offsets = official.get("layers.0.blocks.0.attn.attns.0.rpe_biases", 2)
     if index and offsets and (window := window_of(index[0], offsets[0])):
         out["split_size"] = window
     return out
 
 
-LAYOUTS = (
-    Layout(
-        "rgt",
-        RGT,
-        (r"^embed_norm\.", r"\.gamma$", r"\.attn\.position_bias\."),
-        _to_ours,
-        _arguments,
-        _to_official,
-        wrapper="params",
-        unlearned=("split_size", "img_range"),
-    ),
+LAYOUT = Layout(
+    family="rgt",
+    model_cls=RGT,
+    marks=(r"^embed_norm\.", r"\.gamma$", r"\.attn\.position_bias\."),
+    rename=_NAMES.to_ours,
+    convert=_convert,
+    reads={
+        "conv_first.weight": 4,
+        "layers.#.blocks.0.mlp.fc1.weight": 2,
+        "layers.0.blocks.0.attn.position_bias.0.pos3.2.weight": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="params",
+    unlearned=("split_size", "img_range"),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(results: str) -> dict[str, Any]:
     return super_resolution_cfg(
         results,
-        min_input_size=(3, _MIN_SIZE, _MIN_SIZE),
+        min_size=_MIN_SIZE,
         paper_ids="arXiv:2303.06373",
         paper_name="Recursive Generalization Transformer for Image Super-Resolution",
         origin_url="https://github.com/zhengchen1999/RGT",
@@ -414,44 +342,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_rgt(variant: str, pretrained: bool = False, **kwargs: Any) -> RGT:
-    return build_restoration(RGT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
-
-
 _RGT_S: dict[str, Any] = {"depths": (6,) * 6}
 
-
-@register_model
-def rgt_s_x2(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT-S x2: 10.1 M parameters."""
-    return _create_rgt("rgt_s_x2", pretrained, **{**_RGT_S, "upscale": 2, **kwargs})
-
-
-@register_model
-def rgt_s_x3(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT-S x3: 10.2 M parameters."""
-    return _create_rgt("rgt_s_x3", pretrained, **{**_RGT_S, "upscale": 3, **kwargs})
-
-
-@register_model
-def rgt_s_x4(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT-S x4: 10.2 M parameters, 46.9 GMACs for a 64x64 input."""
-    return _create_rgt("rgt_s_x4", pretrained, **{**_RGT_S, "upscale": 4, **kwargs})
-
-
-@register_model
-def rgt_x2(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT x2: 13.2 M parameters."""
-    return _create_rgt("rgt_x2", pretrained, **{"upscale": 2, **kwargs})
-
-
-@register_model
-def rgt_x3(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT x3: 13.4 M parameters."""
-    return _create_rgt("rgt_x3", pretrained, **{"upscale": 3, **kwargs})
-
-
-@register_model
-def rgt_x4(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT x4: 13.4 M parameters, 61.0 GMACs for a 64x64 input."""
-    return _create_rgt("rgt_x4", pretrained, **{"upscale": 4, **kwargs})
+VARIANTS = {
+    "rgt_s_x2": Variant("RGT-S x2: 10.1 M parameters.", **_RGT_S, upscale=2),
+    "rgt_s_x3": Variant("RGT-S x3: 10.2 M parameters.", **_RGT_S, upscale=3),
+    "rgt_s_x4": Variant("RGT-S x4: 10.2 M parameters, 46.9 GMACs for a 64x64 input.", **_RGT_S, upscale=4),
+    "rgt_x2": Variant("RGT x2: 13.2 M parameters.", upscale=2),
+    "rgt_x3": Variant("RGT x3: 13.4 M parameters.", upscale=3),
+    "rgt_x4": Variant("RGT x4: 13.4 M parameters, 61.0 GMACs for a 64x64 input.", upscale=4),
+}
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)
