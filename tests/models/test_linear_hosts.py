@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
-from visionattn.layers import AgentAttention2d, InLineAttention2d, WindowAttention2d, linear
+from visionattn.layers import AgentAttention2d, InLineAttention2d, WindowAttention2d, bands
 from visionattn.models.frames import common
 from visionattn.models.hosts.cswin import StripeAttention
 
@@ -244,8 +244,8 @@ def test_inference_in_pieces_gives_the_same(name, monkeypatch):
     """Large maps pass the MLPs piece by piece, small ones meet convolutions as products of patches."""
     net, image = build(name).double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
     expected = net(image).detach()
-    monkeypatch.setattr(linear, "_IN_CACHE", 0)
-    monkeypatch.setattr(linear, "_PIECE", 7)
+    monkeypatch.setattr(bands, "_IN_CACHE", 0)
+    monkeypatch.setattr(bands, "_PIECE", 7)
     monkeypatch.setattr(common, "_WEIGHTS_PER_NUMBER", 0)
     with torch.inference_mode():
         torch.testing.assert_close(net(image), expected)

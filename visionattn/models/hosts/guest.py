@@ -36,7 +36,8 @@ class Guest:
         family: the name of the family.
         attention: makes the attention of a block: called as `attention(dim, num_heads, stage=i, size=(height,
             width), prefix=..., device=..., dtype=..., **options)`, the size being that of the stage's map at
-            the training size, prefix whether a class token precedes the map.
+            the training size, prefix whether a class token precedes the map. A convolution of its values is
+            called `dwc`.
         mark: a parameter of every such attention, for instance `"an_bias"`.
         mark_dims: its number of dimensions.
         heads: the number of heads from its shape.
@@ -60,14 +61,18 @@ class Guest:
     read_options: Callable[[Sequence[Shape | None]], dict[str, Any]] = _no_options
     unlearned: tuple[str, ...] = ()
 
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """Arguments of a hierarchical host that no weight of the guest tells."""
+        return self.unlearned if self.axes else (*self.unlearned, "img_size")
+
     def with_options(self, **options: Any) -> Guest:
         """The guest with its options bound."""
         return replace(self, attention=partial(self.attention, **options)) if options else self
 
     def mark_of(self, shapes: Shapes, block: str) -> Shape | None:
         """The shape of the mark in a block; None where the block has another attention."""
-        shape = shapes.get(f"{block}.attn.{self.mark}")
-        return shape if shape and len(shape) == self.mark_dims and 0 not in shape else None
+        return shapes.get(f"{block}.attn.{self.mark}", self.mark_dims)
 
     def fit(
         self, weights: dict[str, Tensor], model: nn.Module, others: Mapping[str, Resize] | None = None
@@ -102,7 +107,7 @@ def pyramid_arguments(ours: Shapes, guest: Guest) -> dict[str, Any] | None:
     firsts = [guest.mark_of(ours, f"stages.{i}.blocks.0") for i in range(len(depths))]
     for i, depth in enumerate(depths):
         marks = [m for j in range(depth) if (m := guest.mark_of(ours, f"stages.{i}.blocks.{j}"))]
-        table = ours.get(f"stages.{i}.blocks.{depth - 1}.attn.relative_position_bias_table")
+        table = ours.get(f"stages.{i}.blocks.{depth - 1}.attn.relative_position_bias_table", 3)
         if not (marks or table or num_heads):
             return None
         global_blocks.append(len(marks))
