@@ -83,8 +83,8 @@ class RecursiveGeneralizationAttention(nn.Module):
         times = self.reductions(x.shape[1], x.shape[2], self.training)
         whole = x[:, : x.shape[1] // 4 * 4] if times else x
         reduce = self.reduction if times else nn.Identity()
-        scale = Fraction(1, 4) if times else 1
-        small = convolved(lambda rows: on_nhwc(reduce, norm(rows)), whole, scale=scale)
+        rows_per_row = Fraction(1, 4) if times else 1
+        small = convolved(lambda rows: on_nhwc(reduce, norm(rows)), whole, scale=rows_per_row)
         for _ in range(times - 1):
             small = on_nhwc(self.reduction, small)
         small = F.gelu(self.norm(self.conv(on_nhwc(self.dwconv, small))))

@@ -89,10 +89,9 @@ class Restorer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of storing what they hold."""
-        modules: Iterable[Any] = self.modules()
-        for module in modules:
+        for module in self.modules():
             if "grad_checkpointing" in vars(module):
-                module.grad_checkpointing = enable
+                vars(module)["grad_checkpointing"] = enable
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
