@@ -17,7 +17,7 @@ from visionattn.errors import InputError, as_input_error, nearest
 from visionattn.files import replacing
 from visionattn.inference.attribution import Attribution, local_attribution
 from visionattn.models import RestorationInfo
-from visionattn.tasks.restoration.comparison import busiest_crop, draw_comparison
+from visionattn.tasks.comparison import busiest_crop, draw_comparison
 
 _RED = (215, 25, 28)
 

@@ -23,8 +23,8 @@ from visionattn.engine.task import Task
 from visionattn.errors import InputError, as_input_error
 from visionattn.inference.ensemble import self_ensemble
 from visionattn.models.frames.restorer import RestorationInfo
+from visionattn.tasks.comparison import busiest_crop, draw_comparison
 from visionattn.tasks.restoration.adversarial import Discriminator, PerceptualLoss, adversarial_losses
-from visionattn.tasks.restoration.comparison import busiest_crop, draw_comparison
 from visionattn.tasks.restoration.config import RestorationConfig
 from visionattn.tasks.restoration.data import open_images
 from visionattn.tasks.restoration.metrics import mpsnr, mssim, psnr, psnr_b, sam, ssim
