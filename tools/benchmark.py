@@ -84,8 +84,7 @@ if __name__ == "__main__":
     parsed = vars(parse_arguments())  # first, so that --help does not wait for imports
     # Linux hands out small pages one by one, which takes as long as a small network; these are large.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from visionattn.cli.command import run_command
-
     from benchmarks import commands
+    from visionattn.cli.command import run_command
 
     run_command(lambda: commands.COMMANDS[parsed.pop("command")](**parsed))

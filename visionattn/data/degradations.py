@@ -70,7 +70,7 @@ def bicubic_upscale(image: Tensor, upscale: int) -> Tensor:
 
 
 def jpeg(image: Tensor, rng: RandomState, quality: QualityRange) -> Tensor:
-    """What JPEG leaves of an image.
+    """Store an image as JPEG and read it back.
 
     Pillow and OpenCV, by which the benchmarks are made, both use libjpeg with the same tables and 4:2:0
     chroma: their images are equal to the last bit (compared on nine photographs at six qualities).

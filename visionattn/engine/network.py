@@ -45,6 +45,12 @@ def check_network_name(name: str) -> None:
         raise InputError(f"unknown network {name!r}: {nearest(name, timm.list_models())}")
 
 
+def check_weights(name: str, checkpoint: str | Path | None) -> None:
+    """Raise an `InputError` unless a network has weights: a checkpoint, or published ones to download."""
+    if checkpoint is None and not timm.is_model_pretrained(name):
+        raise InputError(f"{name} has no weights that can be downloaded: give --checkpoint FILE")
+
+
 def load_weights(network: nn.Module, checkpoint: str | Path, name: str) -> None:
     """Load a checkpoint file strictly into the network called `name`.
 

@@ -139,15 +139,15 @@ class ClassificationTask(Task):
             raise InputError("the held-out data is empty")
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
-    def predict(self, inputs: Sequence[Image], top: int = 5) -> list[list[tuple[str, float]]]:
-        """See `classify`."""
+    def predict(self, inputs: Sequence[Image], top: int | None = 5) -> list[list[tuple[str, float]]]:
+        """The most probable names of what images show, see `classify`."""
         return classify(
             self.model, inputs, self.config.data.class_names, top=top, preprocessing=self.preprocessing
         )
 
     def show(self, image: Image) -> list[tuple[str, float]]:
         """All names of the classes with their probabilities, the most probable first."""
-        return self.predict([image], top=self.config.data.num_classes or 0)[0]
+        return self.predict([image], top=None)[0]
 
     def train_loader(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the training images, augmented."""
@@ -273,7 +273,7 @@ def classify(
     images: Sequence[Image],
     class_names: Sequence[str] | None = None,
     *,
-    top: int = 5,
+    top: int | None = 5,
     preprocessing: dict[str, Any] | None = None,
 ) -> list[list[tuple[str, float]]]:
     """Name what images show.
@@ -283,7 +283,7 @@ def classify(
         images: any sizes and modes.
         class_names: names of the classes; by default ImageNet's where the network has its number of classes,
             else the numbers.
-        top: how many names per image.
+        top: how many names per image; None for all.
         preprocessing: from `resolve_preprocessing`, which is the default.
 
     Returns:
@@ -300,7 +300,7 @@ def classify(
         for image in images:
             logits = model(transform(image.convert(mode)).unsqueeze(0).to(device))[0].float()
             class_names = class_names or _known_names(model, len(logits))
-            found = logits.softmax(0).topk(min(top, len(logits)))
+            found = logits.softmax(0).topk(min(top or len(logits), len(logits)))
             best = zip(found.indices.tolist(), found.values.tolist(), strict=True)
             results.append([(class_names[index], probability) for index, probability in best])
     return results
