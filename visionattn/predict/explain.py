@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from visionattn.data.degradations import bicubic_low_resolution, to_uint8
+from visionattn.data.degradations.resize import bicubic_low_resolution, to_uint8
 from visionattn.data.images import ImageError, read_image, to_pil
 from visionattn.data.photographs import photograph_files
 from visionattn.data.pictures import write_png

@@ -19,6 +19,9 @@ from visionattn.errors import InputError, as_input_error
 from visionattn.tasks.dense.data import DenseData
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 class BackboneOptions(Section):
     """How the network is used as a backbone."""
 
@@ -78,7 +81,7 @@ class DenseBackbone(nn.Module):
         super().train(mode)
         if self.norm_eval:
             for module in self.body.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, _BATCH_NORMS):
                     module.eval()
         return self
 

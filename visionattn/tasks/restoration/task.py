@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visionattn.checkpoints import load_checkpoint
-from visionattn.data.blur import sharpen
-from visionattn.data.degradations import bicubic_upscale, to_uint8
+from visionattn.data.degradations.blur import sharpen
+from visionattn.data.degradations.resize import bicubic_upscale, to_uint8
 from visionattn.data.images import to_pil, to_tensor
 from visionattn.data.paired import Pair, PairedImages, TrainingCrops
 from visionattn.engine.batches import make_eval_loader, make_train_loader, seed_all
@@ -204,7 +204,7 @@ class RestorationTask(Task):
         )
 
     def _plain(self, lq: Tensor) -> Tensor:
-        """The result without a network: `lq` `[C, h, w]` enlarged by bicubic interpolation, or itself; uint8."""
+        """The result without a network: `lq` `[C, h, w]`, enlarged bicubically if need be, as uint8."""
         plain = to_uint8(lq).cpu()
         return bicubic_upscale(plain, self.info.upscale) if self.info.upscale > 1 else plain
 
