@@ -89,7 +89,7 @@ def restore_files(
 
 
 def name_results(files: Sequence[Path], suffix: str) -> Iterator[tuple[Path, str]]:
-    """Files and the names of their results without ending: the stem, the whole name where others share that."""
+    """Files and names of their results without ending: the stem, or the whole name where others share it."""
     stems = Counter(file.stem for file in files)
     for file in files:
         yield file, (file.stem if stems[file.stem] == 1 else file.name) + suffix
