@@ -25,7 +25,8 @@ def test_the_import_brings_no_library() -> None:
 ORDERS = [
     f"import timm, visionattn; {KNOWN}",
     f"import visionattn, timm; {KNOWN}",
-    f"import visionattn, importlib.util; importlib.util.find_spec('timm'); import timm; {KNOWN}",
+    "import visionattn, importlib.util; importlib.util.find_spec('timm').loader.get_filename('timm');"
+    f"import timm; {KNOWN}",
     "import visionattn; from timm import create_model; create_model('cfsr_x2')",
     "import visionattn; from timm.data import create_transform; import timm; timm.create_model('cfsr_x2')",
     f"import visionattn; visionattn.load_checkpoint; import timm; {KNOWN}",

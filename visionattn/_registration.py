@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # Parts of the package that do without timm. Before any other the networks are imported, as a whole and in
 # their own order: were one of their parts halfway through its import of timm, they could not use it yet.
@@ -51,6 +52,9 @@ class _Registering(Loader):
 
     def __init__(self, own: Loader, registrar: _Registrar) -> None:
         self.own, self.registrar = own, registrar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)  # for those who look at timm's spec without importing it
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.own.create_module(spec)
