@@ -85,6 +85,6 @@ if __name__ == "__main__":
     # Linux hands out small pages one by one, which takes as long as a small network; these are large.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from benchmarks import commands
-    from visionattn.engine.cli import run_command
+    from visionattn.cli.command import run_command
 
     run_command(lambda: commands.COMMANDS[parsed.pop("command")](**parsed))

@@ -24,10 +24,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visionattn.data.images import EXTENSIONS, ImageError, list_images, open_image, to_grey, to_tensor
+from visionattn.data.images import (
+    EXTENSIONS,
+    ImageError,
+    decoding,
+    list_images,
+    open_image,
+    to_grey,
+    to_tensor,
+)
 
 CUBE_EXTENSIONS = frozenset({".npy", ".mat"})
-_SHOWN_PROBLEMS = 3
 _LARGEST_VALUE = 4  # noise may leave [0, 1], but a cube that reaches further holds counts
 _OPEN: dict[str, Any] = {}
 _LOCK = threading.Lock()
@@ -73,14 +80,12 @@ def read_depth(source: ImageSource) -> Tensor:
     """A depth map as float32 `[1, H, W]`: a grey image scaled to [0, 1], or floats as they are.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ImageError: it is damaged, or has several channels.
     """
     if isinstance(source, Path) and source.suffix.lower() not in CUBE_EXTENSIONS:
-        try:
-            with Image.open(source) as image:
-                array = np.array(image)
-        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{source}: {error}") from error
+        with decoding(source), Image.open(source) as image:
+            array = np.array(image)
     elif isinstance(source, Path):
         array = _load_array(source, "gt")
     else:
@@ -154,10 +159,10 @@ def pair_files(
     return {stem: truths[name] for stem, name in owner.items()}, {stem: available[stem] for stem in owner}
 
 
-def shorten(items: Sequence[str]) -> str:
+def shorten(items: Sequence[str], shown: int = 3) -> str:
     """The first few of many, and how many more there are."""
-    more = len(items) - _SHOWN_PROBLEMS
-    return "; ".join([*items[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])])
+    more = len(items) - shown
+    return "; ".join([*items[:shown], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _read_cube(file: Path, channels: int, role: Role) -> Tensor:

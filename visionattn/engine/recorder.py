@@ -1,4 +1,4 @@
-"""What a user sees of a run: a progress bar or log lines, `metrics.csv`, TensorBoard."""
+"""The course of a run as a user follows it: a progress bar or log lines, `metrics.csv`, TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from visionattn.engine.config import RunConfig
-from visionattn.engine.run_folder import replacing, writing
 from visionattn.engine.state import TrainingState
+from visionattn.files import replacing, writing
 
 
 class CsvLog:

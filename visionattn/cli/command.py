@@ -1,0 +1,144 @@
+"""Parts of all command lines: parsers of one look, errors as one sentence, tables and bounds of metrics."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from visionattn.errors import InputError, LostProcess, RunError, as_input_error, nearest
+from visionattn.files import replacing
+
+
+def new_parser(description: str | None, examples: str) -> ArgumentParser:
+    """A parser whose help ends with examples, each on its own line."""
+    return ArgumentParser(
+        description=description, epilog=examples, formatter_class=RawDescriptionHelpFormatter
+    )
+
+
+def add_command(commands: Any, name: str, text: str, examples: str) -> ArgumentParser:
+    """The parser of one of several commands `commands` of a tool, which `text` describes."""
+    return commands.add_parser(
+        name, help=text, description=text, epilog=examples, formatter_class=RawDescriptionHelpFormatter
+    )
+
+
+def add_checkpoint(parser: ArgumentParser) -> None:
+    """Let `--checkpoint` choose the weights of a network or of a run folder."""
+    text = "weights; default: the best of the run, or the published ones"
+    parser.add_argument("--checkpoint", metavar="FILE", help=text)
+
+
+def run_command(command: Callable[..., int | None], *arguments: Any) -> None:
+    """Run a command and end the program with its exit status.
+
+    Wrong input ends it with status 2 and a run that cannot go on with status 1, each with one sentence on
+    stderr. Every other exception is a defect of the program and keeps its traceback.
+
+    Args:
+        command: its return value is the exit status, None meaning 0.
+        arguments: what it is called with.
+    """
+    # PyTorch, which is not imported yet, then asks Linux for large pages; with small ones a light network
+    # takes twice the time on a CPU, and a training step a fifth more.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        status = command(*arguments)
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+    except InputError as error:
+        _say(f"error: {error}")
+        status = 2
+    except RunError as error:
+        _say(f"stopped: {error}", everywhere=isinstance(error, LostProcess))
+        status = 1
+    sys.exit(status)
+
+
+def report_files(results: Iterable[tuple[Path, Any]], count: int | None = None) -> int:
+    """Say line by line what became of files, with a progress bar on a terminal.
+
+    Args:
+        results: each file with the one that was written, its names and their probabilities, or the error that
+            says why it cannot be used.
+        count: of the files, where it is known.
+
+    Returns:
+        The exit status: 2 where files could not be used, else 0.
+    """
+    from tqdm import tqdm
+
+    total = broken = 0
+    with tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
+        for file, result in results:
+            total += 1
+            stream, line = sys.stdout, f"{file} -> {result}"
+            if isinstance(result, Exception):
+                broken += 1
+                stream, line = sys.stderr, f"skipped: {result}"
+            elif isinstance(result, list):
+                line = "  ".join([str(file), *(f"{name} {share:.1%}" for name, share in result)])
+            bar.write(line, file=stream)
+            stream.flush()
+            bar.update()
+    if broken:
+        print(f"{broken} of {total} images could not be used", file=sys.stderr)
+    return 2 if broken else 0
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table as CSV, complete or not at all.
+
+    Args:
+        path: the file.
+        rows: mappings of the same keys, which become the columns.
+
+    Raises:
+        InputError: there are no rows, or the place cannot be written to.
+    """
+    if not rows:
+        raise InputError(f"there are no figures of single samples to write to {path}")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with as_input_error(f"cannot write {path}", OSError), replacing(Path(path)) as beside:
+        beside.write_text(table.getvalue(), encoding="utf-8", newline="")
+
+
+def check_requirements(metrics: Mapping[str, float], requirements: Sequence[str]) -> None:
+    """Hold metrics against bounds such as `"top1>=97"` or `"loss<=0.5"`.
+
+    Raises:
+        InputError: a bound cannot be read, or names no metric.
+        RunError: the metrics that do not meet their bounds, and by how much.
+    """
+    failed = []
+    for requirement in requirements:
+        parts = re.fullmatch(r"(\w+)\s*(>=|<=)\s*([-+]?\d+\.?\d*(?:[eE][-+]?\d+)?)", requirement.strip())
+        if parts is None:
+            raise InputError(
+                f"a requirement reads METRIC>=VALUE or METRIC<=VALUE, but {requirement!r} was given"
+            )
+        name, relation, bound = parts[1], parts[2], float(parts[3])
+        if name not in metrics:
+            raise InputError(f"there is no metric {name!r} to require: {nearest(name, metrics)}")
+        sign = 1 if relation == ">=" else -1
+        if not sign * metrics[name] >= sign * bound:
+            failed.append(f"{name} is {metrics[name]:.6g}, required is {relation} {bound:g}")
+    if failed:
+        raise RunError("; ".join(failed))
+
+
+def _say(sentence: str, everywhere: bool = False) -> None:
+    # All processes of a machine meet the same wrong input; one of them says it.
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(sentence, file=sys.stderr)
