@@ -11,16 +11,16 @@
 from visionattn import kernels, models
 from visionattn.checkpoints import identify, load_checkpoint, save_checkpoint
 from visionattn.inference import run_within
-from visionattn.integrations.timm_attention import accelerate, restore
+from visionattn.integrations.timm_attention import accelerate, decelerate
 
 __version__ = "0.1.0"
 __all__ = [
     "accelerate",
+    "decelerate",
     "identify",
     "kernels",
     "load_checkpoint",
     "models",
-    "restore",
     "run_within",
     "save_checkpoint",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-import visionattn
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.windows import merge, partition
 from visionattn.layers.bilevel_routing import BiLevelRoutingAttention
@@ -13,10 +12,13 @@ from visionattn.layers.maps import extend_to, fill_up, on_nhwc
 from visionattn.models.biformer import Block
 
 
-def bilevel_routing_attention(self: BiLevelRoutingAttention, x: Tensor) -> Tensor:
-    """The forward pass of either official operator on `[B, H, W, C]`, with the parameters of our layer."""
-    region = self._region_size(*x.shape[1:3])
-    return (_by_regions if self.pad == "input" else _by_maps)(self, x, region)
+class TheirRoutingAttention(BiLevelRoutingAttention):
+    """Either official operator, with the parameters of our layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        region = self._region_size(*x.shape[1:3])
+        return (_by_regions if self.pad == "input" else _by_maps)(self, x, region)
 
 
 def _by_regions(self: BiLevelRoutingAttention, x: Tensor, region: tuple[int, int]) -> Tensor:
@@ -80,19 +82,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor
     return out.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
 
 
-def block(self: Block, x: Tensor) -> Tensor:
+class TheirBlock(Block):
     """Three branches, the MLP on the whole map."""
-    x = x if self.pos_embed is None else x + on_nhwc(self.pos_embed, x)
-    x = x + self.drop_path(self.attn(self.norm1(x)))
-    return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        x = x if self.pos_embed is None else x + on_nhwc(self.pos_embed, x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 FORMULATION = Formulation(
-    visionattn,
-    {
-        "layers.bilevel_routing.BiLevelRoutingAttention.forward": bilevel_routing_attention,
-        "models.biformer.Block.forward": block,
-    },
+    {BiLevelRoutingAttention: TheirRoutingAttention, Block: TheirBlock},
     ((224, 224), (448, 448)),
     "gather of keys and values, copies by head, matmul-softmax-matmul",
 )

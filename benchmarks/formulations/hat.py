@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.windows import merge, partition, window_heads
-from visionattn.models import hat
+from visionattn.models.hat import WindowAttention
 
 
 def rolled_window_attention(
@@ -83,12 +83,22 @@ def _pair_index(window: int, overlap: int, device: torch.device) -> Tensor:
     return (rows * (2 * (window + overlap) - 1) + columns).flatten(2).flatten(0, 1)
 
 
+class TheirWindowAttention(WindowAttention):
+    """Both kinds of windows on a whole map."""
+
+    def forward(self, x: Tensor, top: int = 0) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`; `top` is for bands and not used."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        bias = self.relative_position_bias_table
+        if self.overlap:
+            out = unfolded_window_attention(q, k, v, self.window_size, self.overlap, bias=bias)
+        else:
+            out = rolled_window_attention(q, k, v, self.window_size, shift=(self.shift,) * 2, bias=bias)
+        return self.proj(out.flatten(3))
+
+
 FORMULATION = Formulation(
-    hat,
-    {
-        "window_attention": rolled_window_attention,
-        "overlapping_window_attention": unfolded_window_attention,
-    },
+    {WindowAttention: TheirWindowAttention},
     ((64, 64),),
     "roll, window partition, mask, gathered bias, unfold, matmul-softmax-matmul",
     per_forward=(shift_mask.cache_clear,),

@@ -63,7 +63,7 @@ class SlidingRelPosBias(RelPosBiasTf):
 class OneDnnLinear(Linear):
     """`torch.nn.Linear` by the faster of PyTorch's two matrix libraries.
 
-    A class of its own, so that `restore` knows it from the linear layers of our networks.
+    A class of its own, so that `decelerate` tells it from the linear layers of our networks.
     """
 
 
