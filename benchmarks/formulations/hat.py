@@ -93,7 +93,9 @@ class TheirWindowAttention(WindowAttention):
         if self.overlap:
             out = unfolded_window_attention(q, k, v, self.window_size, self.overlap, bias=bias)
         else:
-            out = rolled_window_attention(q, k, v, self.window_size, shift=(self.shift,) * 2, bias=bias)
+            out = rolled_window_attention(
+                q, k, v, self.window_size, shift=(self.shift, self.shift), bias=bias
+            )
         return self.proj(out.flatten(3))
 
 
