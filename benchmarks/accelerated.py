@@ -32,7 +32,7 @@ class TimmAsShipped(Formulation):
 
 
 def timm_formulation(name: str) -> TimmAsShipped:
-    """How timm writes the attention of one of its networks, at the size of its weights."""
+    """Give a network of timm as timm ships it, at the size of its weights."""
     config = timm.get_pretrained_cfg(name)
     size = config.input_size[1:] if config else (224, 224)
     return TimmAsShipped({}, ((size[0], size[1]),), "as timm ships it")

@@ -1,4 +1,4 @@
-"""How the authors of a family write it, as a table of classes."""
+"""The way in which the authors of a family write it, as a table of classes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ LAYERS: Classes = {Linear: nn.Linear, Mlp: TheirMlp}
 
 @dataclass(frozen=True)
 class Formulation:
-    """How the authors of a family write it; linear layers are PyTorch's.
+    """The way in which the authors of a family write it; linear layers are PyTorch's.
 
     Attributes:
         classes: for classes of our modules their subclasses that compute the same in the authors' way.
         sizes: inputs (height, width) that a comparison uses unless told otherwise; empty for the input size
             of the variant.
-        what: the formulation in a few words.
+        description: the formulation in a few words.
         per_forward: caches that the authors' network fills anew in every forward pass.
         hosts: classes that come in addition, or instead, in networks of a class.
     """
 
     classes: Classes
     sizes: tuple[tuple[int, int], ...]
-    what: str
+    description: str
     per_forward: tuple[Callable[[], None], ...] = ()
     hosts: Mapping[type[nn.Module], Classes] = field(default_factory=dict)
 
@@ -54,7 +54,7 @@ class Formulation:
 
     @contextmanager
     def in_place_of_kernels(self, net: nn.Module) -> Iterator[None]:
-        """Inside the block, `net` computes as the authors do; other networks compute as ever."""
+        """Inside the block `net` computes as the authors do, other networks as ever."""
 
         def start_forward(*args: object) -> None:
             for clear in self.per_forward:

@@ -50,7 +50,7 @@ def unfolded_window_attention(
 @lru_cache(maxsize=8)
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
     """-100 between pixels of a rolled window that were not adjacent: `[windows, window², window²]`."""
-    # What inference mode makes, no later training could use.
+    # Training could not use a tensor that was made in inference mode.
     with torch.inference_mode(False):
         return _shift_mask(height, width, window, shift, device)
 
@@ -75,7 +75,7 @@ def gathered_bias(table: Tensor, window: int, overlap: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _pair_index(window: int, overlap: int, device: torch.device) -> Tensor:
-    """Where the bias of each pair stands in the flat table; a stored buffer of the authors' networks."""
+    """The place of each pair's bias in the flat table; a stored buffer of the authors' networks."""
     query = torch.arange(window, device=device)
     key = torch.arange(-overlap, window + overlap, device=device)
     offset = key[None] - query[:, None] + window - 1 + overlap

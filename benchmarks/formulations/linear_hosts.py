@@ -1,4 +1,4 @@
-"""Swin, PVT, CSwin and DeiT as their authors write them: what the published linear attentions stand in.
+"""Swin, PVT, CSwin and DeiT as their authors write them: the networks around the published linear attentions.
 
 The published code knows maps that windows divide only, and keeps maps as rows of pixels between layers.
 """
@@ -176,7 +176,7 @@ def one_window(
 
 
 def add_to_map(x: Tensor, local: Tensor, prefix: int) -> Tensor:
-    """What belongs to pixels, added to tokens of which the first `prefix` are none."""
+    """Add features of pixels to tokens of which the first `prefix` belong to no pixel."""
     if not prefix:
         return x + local
     x[:, prefix:] = x[:, prefix:] + local

@@ -36,7 +36,7 @@ NETWORKS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one network.
+    """The results of exporting one network in every way.
 
     Attributes:
         network: its registered name; what was exported has all its parts, and fewer blocks.

@@ -68,7 +68,7 @@ class OneDnnLinear(Linear):
 
 
 def _masked(bias: Tensor, mask: Tensor | None, batch: int) -> Tensor:
-    """What is added to the logits `[batch, heads, n, n]`, where the windows of a map are neighbours."""
+    """The addend of logits `[batch, heads, n, n]`, whose windows of one map follow one another."""
     if mask is None:
         return bias
     return (bias + mask[:, None]).repeat(batch // len(mask), 1, 1, 1)
