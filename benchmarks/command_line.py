@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from visionattn.cli.command import add_command, new_parser, run_command
 
 EXAMPLE = """examples:
   python tools/benchmark.py models biformer_tiny hat_s_x4
@@ -19,43 +20,43 @@ EXAMPLE = """examples:
 _SIZE = ("H", "W")
 
 
-def main() -> None:
-    """Run the command that the arguments of this process name, and exit."""
-    options = parse_arguments()  # first, so that --help does not wait for imports
-    # Linux hands out small pages one by one, which takes as long as a small network; these are large.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from benchmarks.commands import COMMANDS
-    from visionattn.engine.cli import run_command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments name, by default those of this process, and exit."""
+    run_command(_run, parse_arguments(arguments))
 
-    run_command(lambda: COMMANDS[options.command](options))
+
+def _run(options: argparse.Namespace) -> None:
+    from benchmarks.commands import COMMANDS  # here, so that --help does not wait for it
+
+    COMMANDS[options.command](options)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a command; by default of this process."""
-    shape = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("benchmark.py", description=__doc__, **shape)
+    parser = new_parser(__doc__, EXAMPLE)
+    parser.prog = "benchmark.py"
     commands = parser.add_subparsers(required=True, metavar="WHAT", dest="command")
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, **shape)
-
-    models = command("models", "networks with our kernels against the attention of their authors' code")
+    text = "networks with our kernels against the attention of their authors' code"
+    models = add_command(commands, "models", text, EXAMPLE)
     models.add_argument("names", metavar="NAME", nargs="+", help="a registered network")
     models.add_argument("--size", metavar=_SIZE, type=_count, nargs=2, help="default: that of the family")
     models.add_argument("--train", action="store_true", help="forward and backward instead of inference")
 
     text = "our kernels against PyTorch's, the published formulations and NATTEN, on named shapes"
-    kernels = command("kernels", text)
+    kernels = add_command(commands, "kernels", text, EXAMPLE)
     kernels.add_argument("names", metavar="NAME", nargs="*", help="a shape; default: all that fit the device")
     kernels.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
 
-    scaling = command("scaling", "time and memory of networks against the number of pixels")
+    scaling = add_command(
+        commands, "scaling", "time and memory of networks against the number of pixels", EXAMPLE
+    )
     scaling.add_argument("names", metavar="NAME", nargs="+", help="a registered network")
     text = "heights and widths, ascending (default: 224 448 896)"
     scaling.add_argument("--sides", metavar="N", type=_count, nargs="+", default=(224, 448, 896), help=text)
 
     text = "large pictures: the authors' formulation, our networks, our networks within memory budgets"
-    memory = command("memory", text)
+    memory = add_command(commands, "memory", text, EXAMPLE)
     memory.add_argument("names", metavar="NAME", nargs="+", help="restoration networks, key=value for them")
     memory.add_argument("--size", metavar=_SIZE, type=_count, nargs=2, required=True)
     memory.add_argument("--budgets", metavar="SIZE", nargs="*", default=[], help="such as 2GB")
@@ -72,7 +73,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         measuring.add_argument("--output", metavar="FILE.json", type=_json, help="default: in benchmarks/")
 
     text = "tiles that a fused kernel of a local pattern visits; without options the known tilings"
-    simulate = command("simulate", text)
+    simulate = add_command(commands, "simulate", text, EXAMPLE)
     for name in ("size", "query-tile", "key-tile"):
         simulate.add_argument(f"--{name}", metavar=_SIZE, type=_count, nargs=2)
     for name in ("kernel", "stride", "dilation", "window"):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.measure import Timing, clock_name
-from visionattn.engine.run_folder import replacing
+from visionattn.files import replacing
 
 
 class Row(Protocol):

@@ -26,6 +26,8 @@ FLOORS = (
     ("tasks", "predict"),
     ("cli",),
 )
+# Above all floors, beside the top `__init__`: what it needs to register the networks.
+ROOF = ("", "_registration")
 MOST_LINES, MOST_FILES, MOST_LINES_OF_A_TOOL = 500, 16, 12
 
 
@@ -44,7 +46,7 @@ def tree_of(module: str) -> ast.Module:
 
 
 def imports_in(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """(module, name) of every import, in functions too; a name of "" is the module as a whole.
+    """(module, name) of every import, in functions and by name too; "" is the module as a whole.
 
     Those for the type checker alone, under `if TYPE_CHECKING`, import nothing and are left out.
     """
@@ -60,6 +62,9 @@ def imports_in(node: ast.AST) -> Iterator[tuple[str, str]]:
         elif isinstance(child, ast.ImportFrom):
             yield from ((child.module or "", alias.name) for alias in child.names)
         else:
+            if isinstance(child, ast.Call) and ast.unparse(child.func).endswith("import_module"):
+                name = child.args[0]
+                yield from [(name.value, "")] if isinstance(name, ast.Constant) else []
             yield from imports_in(child)
 
 
@@ -96,7 +101,7 @@ def imported_by(module: str) -> frozenset[str]:
 
 
 def floor_of(module: str) -> int:
-    """The number of a module's floor; the top `__init__` stands on the roof."""
+    """The number of a module's floor."""
     inside = module.removeprefix("visionattn").removeprefix(".")
     fitting = [
         (len(room), number)
@@ -104,7 +109,7 @@ def floor_of(module: str) -> int:
         for room in rooms
         if f"{inside}.".startswith(f"{room}.")
     ]
-    assert fitting or not inside, f"{module} stands on no floor of the plan"
+    assert fitting or inside in ROOF, f"{module} stands on no floor of the plan"
     return max(fitting)[1] if fitting else len(FLOORS)
 
 

@@ -1,55 +1,6 @@
 """See what a network looks at: `lam` draws the local attribution map of a super-resolution network."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-EXAMPLE = """examples:
-  python tools/explain.py lam coffee --model hat_x4 --checkpoint HAT_SRx4.pth
-  python tools/explain.py lam PHOTO.png --model runs/hat_photographs_x2 --place 120 80 --window 20
-"""
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    shape = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **shape)
-    commands = parser.add_subparsers(required=True, metavar="WHAT")
-    text = "the pixels of the input on which a window of the output depends, and the diffusion index"
-    lam = commands.add_parser("lam", help=text, description=text, **shape)
-    add = lam.add_argument
-    add("image", metavar="IMAGE|PHOTOGRAPH", help="a file (the input), or a built-in photograph (is reduced)")
-    add("--model", metavar="MODEL|RUN_FOLDER", required=True, help="a network, or the folder of a run")
-    add("--checkpoint", metavar="FILE", help="weights; default: the best of the run, or the published ones")
-    add("--place", metavar=("ROW", "COLUMN"), type=int, nargs=2, help="in the input; default: most detail")
-    add("--window", metavar="PIXELS", type=int, default=16, help="of the output (default: %(default)s)")
-    add("--context", metavar="PIXELS", type=int, default=64, help="of the input (default: %(default)s)")
-    add("--output", metavar="DIR", type=Path, default=Path("explained"), help="default: %(default)s")
-    parsed = parser.parse_args(arguments)
-    if parsed.window < 2 or parsed.context < 1:
-        parser.error("--window must be at least 2 and --context at least 1")
-    return parsed
-
-
-def main(arguments: argparse.Namespace) -> None:
-    from visionattn.predict.explanation import explain_image
-    from visionattn.predict.prediction import open_restorer
-
-    explained = explain_image(
-        open_restorer(arguments.model, arguments.checkpoint),
-        arguments.image,
-        arguments.output,
-        place=tuple(arguments.place) if arguments.place else None,
-        window=arguments.window,
-        context=arguments.context,
-    )
-    print(f"diffusion index {explained.attribution.diffusion_index:.2f}")
-    print(f"{explained.picture}\n{explained.numbers}")
-
+from visionattn.cli.explain import main
 
 if __name__ == "__main__":
-    parsed = parse_arguments()  # first, so that --help does not wait for imports
-    from visionattn.engine.cli import run_command
-
-    run_command(lambda: main(parsed))
+    main()

@@ -1,53 +1,6 @@
 """Prepare images for training: cut them into pieces, or store them as LMDB, in BasicSR's layouts."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-
-EXAMPLE = """examples:
-  python tools/prepare.py pieces DIV2K/DIV2K_train_HR DIV2K/DIV2K_train_HR_sub
-  python tools/prepare.py pieces DIV2K/DIV2K_train_LR_bicubic/X4 DIV2K/X4_sub --size 120 --step 60
-  python tools/prepare.py lmdb DIV2K/X4_sub DIV2K/X4_sub.lmdb
-"""
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    shape = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **shape)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
-    texts = {
-        "pieces": "overlapping squares of large images",
-        "lmdb": "one database of the images of a folder",
-    }
-    for name, text in texts.items():
-        command = commands.add_parser(name, help=text, description=text, **shape)
-        command.add_argument("folder", metavar="FOLDER", help="image files")
-        command.add_argument("output", metavar="OUTPUT", help="the folder to be made")
-        if name == "pieces":
-            for option, value in (("--size", 480), ("--step", 240)):
-                command.add_argument(
-                    option, metavar="PIXELS", type=int, default=value, help="default: %(default)s"
-                )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: argparse.Namespace) -> None:
-    from visionattn.data.prepare import cut_pieces, make_lmdb
-    from visionattn.errors import as_input_error
-
-    with as_input_error(
-        f"cannot make {arguments.output}", ValueError, FileNotFoundError, ModuleNotFoundError
-    ):
-        if arguments.command == "lmdb":
-            count = make_lmdb(arguments.folder, arguments.output)
-        else:
-            count = cut_pieces(arguments.folder, arguments.output, arguments.size, arguments.step)
-    print(f"{count} images in {arguments.output}")
-
+from visionattn.cli.prepare import main
 
 if __name__ == "__main__":
-    parsed = parse_arguments()  # first, so that --help does not wait for imports
-    from visionattn.engine.cli import run_command
-
-    run_command(lambda: main(parsed))
+    main()

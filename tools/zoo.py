@@ -1,44 +1,6 @@
 """List the networks: task, parameters, multiply-adds at the default input, licence, official result."""
 
-from __future__ import annotations
-
-import argparse
-import json
-from collections.abc import Sequence
-
-EXAMPLE = """examples:
-  python tools/zoo.py
-  python tools/zoo.py hat --sort params
-  python tools/zoo.py 'biformer_*' --json
-"""
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "filter", metavar="FILTER", nargs="?", default="", help="a pattern, or part of the names"
-    )
-    parser.add_argument(
-        "--sort",
-        metavar="COLUMN",
-        default="name",
-        help="name, task, params, gmacs, input, license or result (default: %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: argparse.Namespace) -> None:
-    from visionattn.models.registry import zoo
-
-    rows = zoo.list_models(arguments.filter, arguments.sort)
-    print(json.dumps(zoo.as_json(rows), indent=2) if arguments.json else zoo.format_table(rows))
-
+from visionattn.cli.zoo import main
 
 if __name__ == "__main__":
-    parsed = parse_arguments()  # first, so that --help does not wait for imports
-    from visionattn.engine.cli import run_command
-
-    run_command(lambda: main(parsed))
+    main()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """What the user gave cannot work; the message is one sentence for them, not a programmer's traceback."""
+    """A name, file or value that the user gave cannot work; the message is one sentence for them."""
 
 
 class RunError(RuntimeError):
@@ -28,11 +28,11 @@ def as_input_error(context: str, *kinds: type[Exception]) -> Iterator[None]:
 
     Args:
         context: what was attempted, for instance ``"cannot read data.root"``.
-        kinds: the exception classes to translate; an `InputError` passes unchanged.
+        kinds: the exception classes to translate; `InputError` and `RunError` pass unchanged.
     """
     try:
         yield
-    except InputError:
+    except (InputError, RunError):
         raise
     except kinds as error:
         raise InputError(f"{context}: {one_line(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from visionattn.engine.cli import check_requirements
+from visionattn.cli.command import check_requirements
 from visionattn.errors import InputError, RunError
 
 METRICS = {"top1": 98.5, "loss": 0.1}

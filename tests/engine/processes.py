@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-from visionattn.engine.cli import run_command
+from visionattn.cli.command import run_command
 from visionattn.engine.loop import Result
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -13,36 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from visionattn.engine.recorder import CsvLog
-from visionattn.engine.run_folder import RunFolder, read_state, replacing, trained_weights
-from visionattn.errors import InputError, RunError
+from visionattn.engine.run_folder import RunFolder, read_state, trained_weights
+from visionattn.errors import InputError
 
 
 class Interrupted(Exception):
     pass
-
-
-def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def half() -> None:
-        with replacing(path) as beside:
-            beside.write_text("ne")
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        half()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
-    def full() -> None:
-        with replacing(tmp_path / "a"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(RunError, match="no space left on device"):
-        full()
 
 
 def test_training_state_is_data_only(tmp_path: Path) -> None:

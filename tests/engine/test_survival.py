@@ -22,9 +22,10 @@ from torch.optim import SGD
 
 from visionattn.engine import recorder, run_folder
 from visionattn.engine.loop import Result, train
-from visionattn.engine.run_folder import read_state, replacing
+from visionattn.engine.run_folder import read_state
 from visionattn.engine.setup import Plan
 from visionattn.engine.state import TrainingState
+from visionattn.files import replacing
 
 MakeTask = Callable[..., Any]
 

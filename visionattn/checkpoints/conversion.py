@@ -17,8 +17,9 @@ from timm.models._hub import save_config_for_hf, save_for_hf
 from torch import Tensor, nn
 
 from visionattn.checkpoints.identify import Identity, backbone_of, identify, layout_of
-from visionattn.checkpoints.loading import load_checkpoint, replacing_whole, save_checkpoint, write_weights
+from visionattn.checkpoints.loading import load_checkpoint, save_checkpoint, write_weights
 from visionattn.checkpoints.reading import CheckpointError, read_checkpoint
+from visionattn.files import replacing
 
 
 def convert_checkpoint(
@@ -98,7 +99,7 @@ def save_official(network: nn.Module, path: str | os.PathLike[str]) -> None:
     if path.suffix == ".safetensors":
         write_weights(weights, path)
         return
-    with replacing_whole(path) as beside:
+    with replacing(path) as beside:
         torch.save(weights if wrapper is None else {wrapper: weights}, beside)
 
 
@@ -118,7 +119,7 @@ def save_folder(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is no empty folder")
-    with replacing_whole(folder) as beside:
+    with replacing(folder) as beside:
         save_for_hf(network, str(beside), model_args=dict(arguments or {}), safe_serialization=True)
 
 

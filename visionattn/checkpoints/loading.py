@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from safetensors.torch import save
 from timm.models._features import FeatureGetterNet
@@ -17,6 +14,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from visionattn.checkpoints.reading import CheckpointError, few, read_checkpoint, unwrap_state_dict
+from visionattn.files import replacing
 
 # Under which names detectors and segmenters hold their backbone: our own, then the authors'.
 _BACKBONES = ("backbone.body.model.", "backbone.body.", "backbone.")
@@ -157,25 +155,9 @@ def write_weights(
     weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors that share no memory as safetensors; an existing file is replaced only by a whole one."""
-    with replacing_whole(path) as beside:
+    with replacing(path) as beside:
         # Not save_file, whose files only their owner can read.
         beside.write_bytes(save(dict(weights), {"format": "pt", **(metadata or {})}))
-
-
-@contextmanager
-def replacing_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside `path` to write to; it takes its place when the block ends, and is gone if it fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        if beside.is_dir():
-            shutil.rmtree(beside)
-        else:
-            beside.unlink(missing_ok=True)
 
 
 def _backbone_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:

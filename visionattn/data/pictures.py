@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from visionattn.data.images import EXTENSIONS, ImageError
-from visionattn.engine.run_folder import replacing
+from visionattn.files import replacing
 
 Format = Literal["png", "jpeg", "webp"]
 

@@ -7,7 +7,6 @@ A step is a function of this package; its options are the function's arguments.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from visionattn.data.degradations import bicubic, jpeg, quantize
 from visionattn.data.haze import haze
 from visionattn.data.noise import gaussian_noise, hyperspectral_noise, poisson_noise
 from visionattn.data.real_world import real_world
+from visionattn.errors import nearest
 
 STEPS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
@@ -38,7 +38,7 @@ STEPS: dict[str, Callable[..., Tensor]] = {
         real_world,
     )
 }
-# What a step is given without being asked, if it has an argument of this name.
+# Arguments of steps that are no options: a step is given those that it has.
 _CONTEXT = ("image", "rng", "upscale", "depth")
 
 
@@ -84,13 +84,13 @@ def _check(step: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(step)
     name = options.pop("name", None)
     if name not in STEPS:
-        raise ValueError(f"there is no degradation {name!r}: {_nearest(str(name), STEPS)}")
+        raise ValueError(f"there is no degradation {name!r}: {nearest(str(name), STEPS)}")
     model = _options_model(name)
     unknown = [key for key in options if key not in model.model_fields]
     if unknown:
         raise ValueError(
             f"the degradation {name} has no option {unknown[0]!r}: "
-            f"{_nearest(unknown[0], model.model_fields) if model.model_fields else 'it has none'}"
+            f"{nearest(unknown[0], model.model_fields) if model.model_fields else 'it has none'}"
         )
     try:
         checked = model.model_validate(options)
@@ -113,8 +113,3 @@ def _options_model(name: str) -> type[pydantic.BaseModel]:
         if key not in _CONTEXT
     }
     return pydantic.create_model(name, **fields)
-
-
-def _nearest(name: str, valid: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.55)
-    return f"did you mean {' or '.join(close)}?" if close else f"valid are {', '.join(sorted(valid))}"

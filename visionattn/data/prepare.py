@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from visionattn.data.files import import_lmdb, list_by_stem
 from visionattn.data.images import open_image
+from visionattn.files import replacing
 
 _PNG_LEVEL = 1  # BasicSR's: decoding is what must be fast
 
@@ -100,12 +100,9 @@ def _new_folder(place: Path) -> Iterator[Path]:
     """A folder to fill, which takes its place when the block ends well."""
     if place.exists():
         raise ValueError(f"there is something at {place} already")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as workshop:
-        beside = Path(workshop) / place.name
+    with replacing(place) as beside:
         beside.mkdir()
         yield beside
-        os.replace(beside, place)
 
 
 def _starts(side: int, size: int, step: int) -> list[int]:

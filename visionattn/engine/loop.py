@@ -15,13 +15,13 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from visionattn.engine.batches import batch_count, endless_batches, seed_all
-from visionattn.engine.cli import StopSignals
 from visionattn.engine.config import TrainConfig
 from visionattn.engine.distributed import expecting_others
 from visionattn.engine.recorder import Recorder
 from visionattn.engine.run_folder import RunFolder, read_state
 from visionattn.engine.setup import create_accelerator, create_scheduler, distribute, make_plan
 from visionattn.engine.sharding import gathered, unsynchronized, whole
+from visionattn.engine.signals import StopSignals
 from visionattn.engine.state import TrainingState
 from visionattn.engine.task import Task
 from visionattn.errors import RunError

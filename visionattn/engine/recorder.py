@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from visionattn.engine.config import RunConfig
-from visionattn.engine.run_folder import replacing, writing
 from visionattn.engine.state import TrainingState
+from visionattn.files import replacing, writing
 
 
 class CsvLog:

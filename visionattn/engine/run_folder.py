@@ -11,14 +11,12 @@ pictures/
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -28,44 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.checkpoints import save_checkpoint
-from visionattn.checkpoints.loading import replacing_whole
 from visionattn.engine.config import RunConfig
 from visionattn.engine.yaml_io import dump_yaml
-from visionattn.errors import InputError, RunError, as_input_error
+from visionattn.errors import InputError, as_input_error
+from visionattn.files import remove_half_written, replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _STATE = "checkpoints/last.state.pt"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _VERSIONED = ("visionattn", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` when the block ends well.
-
-    Raises:
-        RunError: the disk is full. The file at `path` is as it was.
-    """
-    with writing(path), replacing_whole(path) as beside:
-        yield beside
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say in one sentence that there is no room for what the block writes to `path`.
-
-    Raises:
-        RunError: the disk or the quota is full, or the file would be larger than is allowed.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        reason = os.strerror(error.errno).lower()
-        raise RunError(f"cannot write {path}: {reason}; what was saved before is untouched") from error
 
 
 class RunFolder:
@@ -99,9 +69,7 @@ class RunFolder:
     def start(self, config: RunConfig, device: str) -> None:
         """Write what a reader needs to repeat the run, and remove what a killed one left half-written."""
         with as_input_error(f"cannot write the run folder {self.path}", OSError):
-            for stray in self.path.rglob(".*"):
-                if stray.suffix[1:].isdigit():  # as `replacing` names them
-                    stray.unlink(missing_ok=True)
+            remove_half_written(self.path)
             self.write_text("config.yaml", dump_yaml(config.model_dump(mode="json")))
             starts_file = self.path / "environment.json"
             starts = json.loads(starts_file.read_text(encoding="utf-8")) if starts_file.exists() else []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from visionattn.checkpoints.loading import replacing_whole
+from visionattn.files import replacing
 from visionattn.kernels import use_backend
 
 Format = Literal["program", "onnx", "aoti"]
@@ -156,7 +156,7 @@ def write_trace(trace: Trace, path: Path, format: Format, tolerance: float = TOL
         ExportError: the format cannot hold the program, or gives other outputs.
     """
     started = time.perf_counter()
-    with torch.no_grad(), replacing_whole(path) as beside:
+    with torch.no_grad(), replacing(path) as beside:
         named = beside.with_name(f"{beside.name}{path.suffix}")  # AOTInductor insists on its suffix
         try:
             _WRITERS[format](trace.program, _image(trace.channels, next(iter(trace.wanted))), named)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import timm
 import torch
 
-from visionattn.checkpoints.loading import replacing_whole
+from visionattn.files import replacing
 from visionattn.integrations.export import (
     FORMATS,
     Exported,
@@ -152,7 +152,7 @@ def write_table(rows: Sequence[Row], path: str | Path) -> None:
         notes="\n".join(notes) or "Everything exports.",
         versions=f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}",
     )
-    with replacing_whole(path) as beside:
+    with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from visionattn.data.degradations import bicubic_low_resolution, to_uint8
 from visionattn.data.images import ImageError, read_image, to_pil
 from visionattn.data.photographs import photograph_files
-from visionattn.engine.run_folder import replacing
 from visionattn.errors import InputError, as_input_error, nearest
+from visionattn.files import replacing
 from visionattn.inference.attribution import Attribution, local_attribution
 from visionattn.models import RestorationInfo
 from visionattn.tasks.restoration.comparison import busiest_crop, draw_comparison

@@ -17,8 +17,8 @@ from visionattn.data.images import ImageError, open_image
 from visionattn.data.pictures import list_pictures
 from visionattn.engine.config import ModelConfig
 from visionattn.engine.network import check_network_name, create_network
-from visionattn.engine.run_folder import replacing
 from visionattn.errors import InputError, as_input_error
+from visionattn.files import replacing
 from visionattn.models.frames.restorer import RestorationInfo
 from visionattn.predict.restoration import restore_files
 from visionattn.tasks import create_task, load_trained_config

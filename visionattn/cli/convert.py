@@ -1,0 +1,60 @@
+"""Say which network a checkpoint belongs to; write it for timm, or back for its authors' code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from visionattn.cli.command import new_parser, run_command
+
+EXAMPLE = """examples:
+  python tools/convert.py HAT_SRx4.pth
+  python tools/convert.py HAT_SRx4.pth hat_x4.safetensors
+  python tools/convert.py nat_mini.pth FOLDER             # then timm.create_model("local-dir:FOLDER")
+  python tools/convert.py hat_x4.safetensors HAT_SRx4.pth --to-official
+  python tools/convert.py weights.pth out.safetensors --model dinat_mini dilations=ade20k
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = new_parser(__doc__, EXAMPLE)
+    parser.add_argument("source", metavar="CHECKPOINT", help="a .safetensors or PyTorch file")
+    parser.add_argument(
+        "target", metavar="TARGET", nargs="?", help="a .safetensors file, or a folder; none to tell only"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="arguments of the network")
+    parser.add_argument(
+        "--to-official", action="store_true", help="write the authors' names and shapes (.pth, .safetensors)"
+    )
+    parser.add_argument("--model", metavar="NAME", help="the registered network, instead of the one found")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_command(_convert, parse_arguments(arguments))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from visionattn.checkpoints import Identity, convert_checkpoint, identify
+    from visionattn.engine.network import check_network_name
+    from visionattn.engine.yaml_io import parse_pairs
+    from visionattn.errors import as_input_error
+
+    if arguments.model:
+        check_network_name(arguments.model)
+    settings = parse_pairs(arguments.overrides)
+    with as_input_error(f"cannot convert {arguments.source}", ValueError, OSError):
+        if arguments.target is None:
+            identity: Identity = identify(arguments.source)
+        else:
+            identity = convert_checkpoint(
+                arguments.source,
+                arguments.target,
+                official=arguments.to_official,
+                name=arguments.model,
+                arguments=settings,
+            )
+    print(json.dumps(asdict(identity), indent=2) if arguments.json else identity)

@@ -1,0 +1,70 @@
+"""Judge a network on the held-out data of a configuration or of a run, or on images that are named."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from visionattn.cli.command import add_checkpoint, check_requirements, new_parser, run_command, write_rows
+
+EXAMPLE = """examples:
+  python tools/evaluate.py runs/biformer_digits
+  python tools/evaluate.py runs/biformer_digits --require 'top1>=97'
+  python tools/evaluate.py runs/biformer_digits --checkpoint runs/biformer_digits/checkpoints/last.safetensors
+  python tools/evaluate.py configs/classification/biformer_tiny_imagenet.yaml --checkpoint FILE data.root=DIR
+  python tools/evaluate.py hat_x4 --checkpoint HAT_SRx4.pth --data Set5/HR --inputs Set5/LR_bicubic/X4 \\
+      --template '{}x4' --self-ensemble --csv set5.csv
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = new_parser(__doc__, EXAMPLE)
+    parser.add_argument(
+        "source", metavar="CONFIG|RUN_FOLDER|MODEL", help="a YAML file, the folder of a run, or a network"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="options in place of its own")
+    add_checkpoint(parser)
+    parser.add_argument("--data", metavar="DIR", help="restoration: the true images, a folder or *.lmdb")
+    parser.add_argument(
+        "--inputs", metavar="DIR", help="their inputs; default: bicubic reduction, or data.degradations"
+    )
+    parser.add_argument(
+        "--template", metavar="STEM", help="name of an input, {} being that of its truth: '{}x4'"
+    )
+    parser.add_argument(
+        "--self-ensemble", action="store_true", help="restoration: average over flips and transpositions (x8)"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write the figures of every image")
+    parser.add_argument(
+        "--require",
+        metavar="METRIC>=VALUE",
+        action="append",
+        default=[],
+        help="end with status 1 unless the metric reaches the value; may be given several times",
+    )
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.inputs and not parsed.data:
+        parser.error("--inputs needs the true images: --data DIR")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_command(_evaluate, parse_arguments(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from visionattn import tasks
+    from visionattn.engine.distributed import process_index
+    from visionattn.engine.loop import evaluate
+
+    named = tasks.image_overrides(
+        arguments.data, arguments.inputs, arguments.template, arguments.self_ensemble
+    )
+    overrides = [*named, *arguments.overrides]
+    task = tasks.create_task(tasks.load_trained_config(arguments.source, overrides, arguments.checkpoint))
+    metrics = evaluate(task)
+    if process_index() == 0:
+        print("\n".join(f"{name}: {value:.6g}" for name, value in metrics.items()))
+        if arguments.csv:
+            write_rows(arguments.csv, task.rows)
+    check_requirements(metrics, arguments.require)
