@@ -63,8 +63,8 @@ def imports_in(node: ast.AST) -> Iterator[tuple[str, str]]:
             yield from ((child.module or "", alias.name) for alias in child.names)
         else:
             if isinstance(child, ast.Call) and ast.unparse(child.func).endswith("import_module"):
-                name = child.args[0]
-                yield from [(name.value, "")] if isinstance(name, ast.Constant) else []
+                name = getattr(child.args[0], "value", None)  # of a constant; what is computed is not seen
+                yield from [(name, "")] if isinstance(name, str) else []
             yield from imports_in(child)
 
 
