@@ -221,8 +221,16 @@ def _measure_lines(settings: Sequence[Setting], most: int) -> Iterator[LargePict
         if out is not None and first is not None:
             difference = ((out - first).abs().max() / first.abs().max()).item()
         yield LargePicture(
-            *(setting.network, setting.arguments(), setting.shape, setting.computation),
-            *(memory, counted, share, timing, slowdown, difference),
+            network=setting.network,
+            arguments=setting.arguments(),
+            input=setting.shape,
+            computation=setting.computation,
+            memory=memory,
+            counted=counted,
+            share=share,
+            time=timing,
+            slowdown=slowdown,
+            difference=difference,
         )
 
 
