@@ -26,10 +26,28 @@ from visionattn.integrations.export import (
 )
 
 # One network of every family and host, and of every pattern of attention.
-NETWORKS = tuple(
-    "agent_cswin_tiny agent_deit_tiny agent_pvt_tiny agent_swin_tiny biformer_tiny catanet_x2 cfsr_x2 craft_x2 "
-    "dinat_mini hat_s_x2 hsdt_s hsdt_ssr inline_cswin_tiny inline_deit_tiny inline_pvt_tiny inline_swin_tiny "
-    "l2vit_t nat_mini nat_isotropic_small pmnet_small rgt_s_x2".split()
+NETWORKS = (
+    "agent_cswin_tiny",
+    "agent_deit_tiny",
+    "agent_pvt_tiny",
+    "agent_swin_tiny",
+    "biformer_tiny",
+    "catanet_x2",
+    "cfsr_x2",
+    "craft_x2",
+    "dinat_mini",
+    "hat_s_x2",
+    "hsdt_s",
+    "hsdt_ssr",
+    "inline_cswin_tiny",
+    "inline_deit_tiny",
+    "inline_pvt_tiny",
+    "inline_swin_tiny",
+    "l2vit_t",
+    "nat_mini",
+    "nat_isotropic_small",
+    "pmnet_small",
+    "rgt_s_x2",
 )
 
 
