@@ -23,7 +23,7 @@ from benchmarks.report import Page, memory_cell
 from visionattn.engine.yaml_io import dump_value
 from visionattn.errors import InputError, as_input_error, nearest
 from visionattn.inference.memory import parse_bytes, run_within
-from visionattn.layers.bands import count_bytes
+from visionattn.inference.rehearsal import count_bytes
 from visionattn.models.registry.zoo import model_names
 
 _AUTHORS, _WHOLE = "authors", "whole image"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from torch import nn
 
 from benchmarks.measure import peak_memory
 from visionattn.inference import parse_bytes, run_within
-from visionattn.layers.bands import by_bands, fold_by_bands, perform
+from visionattn.inference.rehearsal import perform, without_data
+from visionattn.kernels import use_backend
+from visionattn.layers.bands import folded, pixelwise, windowed
 
 CPU = torch.device("cpu")
 every_restorer = pytest.mark.parametrize(
@@ -80,6 +85,51 @@ def test_the_budget_holds_for_one_call_and_leaves_no_trace():
         run_within(net.train(), image, "1GB")
 
 
+def test_threads_with_budgets_of_their_own_and_without_use_one_network():
+    """Each gets its own result, by its own backend and in bands of its own, whatever the others do."""
+    net, image = build("hat_x2")
+    with torch.no_grad():
+        whole = net(image)
+    least, ready = smallest_budget(net, image), threading.Barrier(3)
+    heights: dict[str, set[int]] = {"low": set(), "high": set(), "none": set()}
+    here = threading.local()
+
+    def note(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        if not args[0].is_meta:
+            heights[here.name].add(args[0].shape[1])
+
+    net.layers[0].blocks[0].norm2.register_forward_pre_hook(note)
+
+    def repeat(name: str, backend: str, run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+        here.name = name
+        ready.wait()
+        with use_backend(backend), torch.no_grad():
+            return [run() for _ in range(3)]
+
+    with ThreadPoolExecutor(3) as pool:
+        results = [
+            pool.submit(repeat, "low", "torch", lambda: run_within(net, image, least)),
+            pool.submit(repeat, "high", "reference", lambda: run_within(net, image, 4 * least)),
+            pool.submit(repeat, "none", "torch", lambda: net(image)),
+        ]
+        outputs = [result.result() for result in results]
+    assert all(torch.equal(out, whole) for out in outputs[2])
+    for out in (*outputs[0], *outputs[1]):
+        assert (out - whole).abs().max() <= 1e-6 * whole.abs().max()
+    assert max(heights["low"]) < max(heights["high"])
+    assert heights["none"] == {168}
+
+
+def test_the_twin_without_data_leaves_the_network_alone():
+    net, _ = build("hat_x2")
+    before = {name: id(value) for name, value in net.state_dict(keep_vars=True).items()}
+    twin = without_data(net)
+    assert twin.state_dict().keys() == net.state_dict().keys()
+    assert all(value.is_meta for value in (*twin.parameters(), *twin.buffers()))
+    assert {name: id(value) for name, value in net.state_dict(keep_vars=True).items()} == before
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in net.parameters()]
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("2GB", 2 * 10**9), ("512MiB", 512 * 2**20), ("1.5 gib", 3 * 2**29), ("800M", 8 * 10**8), (12, 12)],
@@ -107,10 +157,10 @@ def windows(x: torch.Tensor, top: int | None) -> torch.Tensor:
 @pytest.mark.parametrize("height", [2, 4, 7, 12, 30])
 def test_bands_of_a_torus(height: int):
     x = torch.arange(24.0).square().view(1, 12, 2)
-    whole = by_bands(windows, x, halo=1, align=2, offset=1, wrap=True, placed=True)
+    whole = windowed(windows, x, window=2, shift=1, halo=1, torus=True)
     assert whole[0, 0, 0] == x[0, 0, 0] + x[0, 11, 0]
     with perform([height]):
-        banded = by_bands(windows, x, halo=1, align=2, offset=1, wrap=True, placed=True)
+        banded = windowed(windows, x, window=2, shift=1, halo=1, torus=True)
     torch.testing.assert_close(banded, whole, rtol=0, atol=0)
 
 
@@ -122,5 +172,27 @@ def test_folding_sees_every_row_once():
         return total + x[:, core].sum()
 
     with perform([4]):
-        total = fold_by_bands(add, torch.zeros(()), x, halo=2)
+        total = folded(add, torch.zeros(()), x, halo=2)
     torch.testing.assert_close(total, x.sum())
+
+
+def test_pieces_overwrite_what_may_be_overwritten():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 2, 33, 20, 64, generator=generator)
+    layer = nn.Linear(64, 64)
+
+    def mix(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + layer(y)
+
+    whole, seen = mix(x, y), []
+    layer.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    with torch.no_grad():
+        out = pixelwise(mix, x, y, into=x, hidden_dim=2**10)
+    assert out.data_ptr() == x.data_ptr()
+    assert len(seen) > 1
+    torch.testing.assert_close(out, whole, rtol=1e-6, atol=1e-6)
+    seen.clear()
+    pixelwise(mix, x, y, into=x, hidden_dim=2**10)  # gradients need the map
+    with torch.no_grad(), perform([5]):
+        pixelwise(mix, x, y, into=x, hidden_dim=2**10)
+    assert [shape[1] for shape in seen] == [33, 5, 5, 5, 5, 5, 5, 3]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from visionattn.layers.bands import perform, rehearse
+from visionattn.inference.rehearsal import perform, rehearse, without_data
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -53,10 +51,8 @@ def run_within(net: nn.Module, x: Tensor, memory_budget: str | int) -> Tensor:
     budget = parse_bytes(memory_budget)
     if net.training:
         raise ValueError("a memory budget is for inference: call eval() on the network first")
-    state: dict[str, Any] = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    state = {name: tensor.detach().to("meta") for name, tensor in state.items()}
-    image = x.detach().to("meta")
-    heights, needed = rehearse(lambda: torch.func.functional_call(net, state, (image,)), budget)
+    twin, image = without_data(net), x.detach().to("meta")
+    heights, needed = rehearse(lambda: twin(image), budget)
     if needed > budget:
         raise ValueError(
             f"a memory budget of {format_bytes(budget)} is too small for images of {tuple(x.shape)}: "

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.kernels import window_attention
-from visionattn.layers.bands import by_bands
+from visionattn.layers.bands import windowed
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import is_needed, on_nhwc
 
@@ -149,10 +149,10 @@ class RectangleWindowAttention(nn.Module):
             whole = top is None or (not torus and rows.shape[1] == height)
             return rows + drop_path(self(norm(rows)) if whole else self(norm(rows), top, height))
 
-        # Bands end with windows of the higher kind. Across their ends reach the convolution, by one row, and
-        # when shifted the lower windows, by half of theirs.
+        # Bands end where windows of the higher kind do. There the convolution reaches one row farther, and
+        # lower windows, if they are shifted, by half of their rows.
         offset, halo = (higher // 2, max(lower // 2, 1)) if self.shifted else (0, 1)
-        return by_bands(attend, x, halo=halo, align=higher, offset=offset, wrap=torus, placed=True)
+        return windowed(attend, x, window=higher, shift=offset, halo=halo, torus=torus)
 
     def _attend(
         self, qkv: Tensor, window: tuple[int, int], bias: Tensor | None, place: tuple[int, int] | None

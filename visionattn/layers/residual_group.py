@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from timm.models._manipulate import checkpoint
+from timm.models import checkpoint
 from torch import Tensor, nn
 
-from visionattn.layers.bands import by_bands
+from visionattn.layers.bands import convolved
 from visionattn.layers.maps import on_nhwc
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
+    """Blocks one after the other; `recompute` them in the backward pass instead of storing what they hold."""
+    for block in blocks:
+        x = checkpoint(block, x) if recompute else block(x)
+    return x
 
 
 class ResidualGroup(nn.Module):
@@ -37,7 +44,10 @@ class ResidualGroup(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        y = x
-        for block in self.blocks:
-            y = checkpoint(block, y) if self.grad_checkpointing and self.training else block(y)
-        return by_bands(lambda x, y: x + on_nhwc(self.conv, y), x, y, halo=1)
+        y = run_blocks(self.blocks, x, self.grad_checkpointing and self.training)
+        return add_convolved(x, self.conv, y)
+
+
+def add_convolved(x: Tensor, conv: nn.Conv2d, y: Tensor) -> Tensor:
+    """`x + conv(y)` on `[B, H, W, C]` for a 3x3 convolution, by bands."""
+    return convolved(lambda x, y: x + on_nhwc(conv, y), x, y, halo=1)

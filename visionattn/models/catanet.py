@@ -16,19 +16,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.kernels import window_attention
 from visionattn.kernels.precision import at_least_float32, without_autocast
-from visionattn.layers.bands import by_bands, fold_by_bands
+from visionattn.layers.bands import convolved, folded, pixelwise
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import mirror_index, on_nhwc
+from visionattn.layers.residual_group import add_convolved
 from visionattn.models.frames.common import check_size
 from visionattn.models.frames.restorer import (
-    TAIL_HALO,
     RestorationInfo,
+    Restorer,
     build_restoration,
     run_body,
     super_resolution_cfg,
@@ -168,11 +168,11 @@ class TokenAggregation(nn.Module):
                 means = _segment_means(tokens.detach(), self.num_centres)
                 centres = self._refine(tokens, torch.where(initialised, centres, means))
             directions = _unit(centres)
-            nearest = by_bands(lambda tokens: _nearest(_unit(tokens), directions), tokens)
+            nearest = pixelwise(lambda tokens: _nearest(_unit(tokens), directions), tokens)
             order = torch.argsort(nearest, dim=-1, stable=True)
         out = self._attend(tokens, order, centres).view_as(x)
-        x = by_bands(lambda x, out: x + self.out(self.proj(out)), x, out, into=out)
-        return by_bands(lambda x: x + self.mlp(x), x, halo=2), centres.detach()
+        x = pixelwise(lambda x, out: x + self.out(self.proj(out)), x, out, into=out)
+        return convolved(lambda x: x + self.mlp(x), x, halo=2), centres.detach()
 
     def _refine(self, tokens: Tensor, centres: Tensor) -> Tensor:
         tokens = _unit(tokens)
@@ -202,7 +202,7 @@ class TokenAggregation(nn.Module):
             out = out + F.scaled_dot_product_attention(q, k_centres, v_centres, scale=self.qkv.scale)
             return self.qkv.join(out.transpose(1, 2)).unflatten(0, (batch, groups))
 
-        out = by_bands(attend, sequence[:, :-1], sequence[:, 1:]).flatten(1, 2)[:, :count]
+        out = pixelwise(attend, sequence[:, :-1], sequence[:, 1:]).flatten(1, 2)[:, :count]
         return out.scatter(1, order[..., None].expand(-1, -1, dim), out)
 
 
@@ -253,15 +253,15 @@ class LocalAttention(nn.Module):
             out = out.new_zeros(*out.shape[:2], *x.shape[2:]).index_add(2, columns, out)
             return total.index_add_(1, rows, out.to(total.dtype))
 
-        out = fold_by_bands(attend, torch.zeros_like(x), rows.view(-1, self.patch_size), dim=0)
+        out = folded(attend, torch.zeros_like(x), rows.view(-1, self.patch_size), dim=0)
         factor = (row_factor[:, None] * column_factor).to(x.dtype)[None, ..., None]
         times = (row_times[:, None] * column_times)[None, ..., None] * factor
 
         def add(x: Tensor, out: Tensor, factor: Tensor, times: Tensor) -> Tensor:
             return x * times + self.proj(out * factor)
 
-        x = by_bands(add, x, out, factor, times, into=out)
-        return by_bands(lambda x: x + self.mlp(x), x, halo=2)
+        x = pixelwise(add, x, out, factor, times, into=out)
+        return convolved(lambda x: x + self.mlp(x), x, halo=2)
 
 
 class Block(nn.Module):
@@ -316,10 +316,10 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, centres: Tensor, initialised: Tensor) -> tuple[Tensor, Tensor]:
         y, centres = self.aggregation(x, centres, initialised)
         y = self.local(y)
-        return by_bands(lambda x, y: x + on_nhwc(self.conv, y), x, y, halo=1), centres
+        return add_convolved(x, self.conv, y), centres
 
 
-class CATANet(nn.Module):
+class CATANet(Restorer):
     """CATANet for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
 
     Sides below the largest patch, on which the official code fails or is silently wrong, are reflect-padded
@@ -337,9 +337,6 @@ class CATANet(nn.Module):
         num_centres: centres per block.
         group_sizes: pixels that attend to each other by content, per block.
         iterations: in training, how often centres move per step.
-
-    Attributes:
-        info: what tools need to know to run it.
 
     Raises:
         ValueError: an `upscale` without an upsampler, or patch sizes, centres and group sizes for different
@@ -361,25 +358,23 @@ class CATANet(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if not len(patch_sizes) == len(num_centres) == len(group_sizes):
             raise ValueError(
                 "patch_sizes, num_centres and group_sizes must have an entry per block, "
                 f"got {len(patch_sizes)}, {len(num_centres)} and {len(group_sizes)} entries"
             )
-        self.in_chans = in_chans
-        self.num_classes = 0
-        self.num_features = embed_dim
-        self.padded_size = max(patch_sizes)
-        self.info = RestorationInfo(
+        padded_size = max(patch_sizes)
+        info = RestorationInfo(
             task="super-resolution",
             upscale=upscale,
             channels=in_chans,
-            min_size=self.padded_size // 2 + 1,
+            min_size=padded_size // 2 + 1,
             exact_tiling=False,
             half_safe=False,
         )
+        super().__init__(info, embed_dim)
+        self.padded_size = padded_size
         blocks = []
         for patch, centres, group in zip(patch_sizes, num_centres, group_sizes):
             aggregation = TokenAggregation(
@@ -393,10 +388,6 @@ class CATANet(nn.Module):
         self.conv_last = nn.Conv2d(embed_dim, in_chans, 3, padding=1, **dd)
         self.apply(_init_weights)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
-        return set()
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers for layer-wise decay."""
         return {
@@ -404,38 +395,32 @@ class CATANet(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^(?:upsample|conv_last)", (99999,))],
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.grad_checkpointing = enable
-
     def forward_features(self, x: Tensor) -> Tensor:
         """The body: images `[B, in_chans, H, W]`, sides of at least the largest patch, to `[B, C, H, W]`."""
         return run_body(x, self.conv_first, self.blocks, nn.Identity(), nn.Identity())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+    def padded(self, x: Tensor) -> Tensor:
+        """Images, reflected on the right and bottom up to the largest patch.
 
         Raises:
             ValueError: an image too small to be reflected; the message says the smallest size.
         """
         check_size(x, self.info.min_size)
+        bottom, right = (max(self.padded_size - side, 0) for side in x.shape[-2:])
+        return F.pad(x, (0, right, 0, bottom), mode="reflect") if bottom or right else x
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Filled-up images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`."""
         upscale = self.info.upscale
-        height, width = x.shape[-2:]
-        bottom, right = max(self.padded_size - height, 0), max(self.padded_size - width, 0)
-        if bottom or right:
-            x = F.pad(x, (0, right, 0, bottom), mode="reflect")
-
         y = self.forward_features(x)
-        base = F.interpolate(x, scale_factor=float(upscale), mode="bilinear") if upscale > 1 else x.clone()
+        size = [side * upscale for side in x.shape[2:]]
+        base = F.interpolate(x, size, mode="bilinear") if upscale > 1 else x.clone()
 
-        def tail(y: Tensor, top: int) -> Tensor:
-            rows = base.narrow(2, top * upscale, y.shape[2] * upscale)
-            return self.conv_last(self.upsample(y)) + rows
+        def tail(y: Tensor, base: Tensor) -> Tensor:
+            return self.conv_last(self.upsample(y)) + base.flatten(2, 3)
 
-        x = by_bands(tail, y, halo=TAIL_HALO, scale=upscale, dim=2, placed=True, into=base)
-        return x[..., : height * upscale, : width * upscale]
+        lines = base.unflatten(2, (-1, upscale))  # all rows that one row of features becomes
+        return convolved(tail, y, lines, halo=3, scale=upscale, dim=2, into=base)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -571,7 +556,7 @@ def _cfg(upscale: int, results: str) -> dict[str, Any]:
     return super_resolution_cfg(
         results,
         url=f"https://github.com/EquationWalker/CATANet/releases/download/v0.0/x{upscale}.pth",
-        min_input_size=(3, 15, 15),
+        min_size=15,
         paper_ids="arXiv:2503.06896",
         paper_name="CATANet: Efficient Content-Aware Token Aggregation for Lightweight Image "
         "Super-Resolution",

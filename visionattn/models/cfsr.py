@@ -13,16 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from visionattn.layers.bands import by_bands
+from visionattn.layers.bands import convolved, pixelwise
+from visionattn.layers.residual_group import run_blocks
 from visionattn.models.frames.restorer import (
-    DIV2K_MEAN,
+    ResidualRestorer,
     RestorationInfo,
     RestorationTask,
     build_restoration,
-    run_body,
+    restoration_cfg,
 )
 from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, unwrap
 
@@ -168,8 +168,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
         reach = self.attn.dwconv.kernel_size[0] // 2
-        x = by_bands(lambda rows: rows + self.layer_scale_1 * self.attn(rows), x, halo=reach)
-        return by_bands(lambda rows: rows + self.layer_scale_2 * self.mlp(rows), x, halo=1)
+        x = convolved(lambda rows: rows + self.layer_scale_1 * self.attn(rows), x, halo=reach)
+        return convolved(lambda rows: rows + self.layer_scale_2 * self.mlp(rows), x, halo=1)
 
 
 class Layer(nn.Module):
@@ -189,12 +189,11 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
-        return by_bands(lambda rows: rows + self.conv(rows), x)
+        x = run_blocks(self.blocks, x, self.grad_checkpointing and self.training)
+        return pixelwise(lambda rows: rows + self.conv(rows), x)
 
 
-class CFSR(nn.Module):
+class CFSR(ResidualRestorer):
     """CFSR; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`, of any size.
 
     In the training form the feed-forward networks learn edge detectors beside a convolution; `fuse()` merges
@@ -216,14 +215,12 @@ class CFSR(nn.Module):
         task: what `info` states; by default super-resolution, or denoising at the same size.
         fused: build the merged form.
 
-    Attributes:
-        info: what tools need to know to run it.
-
     Raises:
         ValueError: an `upscale` below 1, or an even `kernel_size`.
     """
 
-    mean: Tensor
+    undecayed = ("edge_scale", "edge_bias")
+    tail_halo = 1
 
     def __init__(
         self,
@@ -239,33 +236,28 @@ class CFSR(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if upscale < 1 or kernel_size % 2 == 0:
             raise ValueError(
                 f"upscale must be at least 1 and kernel_size odd, got upscale={upscale}, "
                 f"kernel_size={kernel_size}"
             )
-        self.in_chans = in_chans
-        self.num_classes = 0
-        self.num_features = embed_dim
-        self.img_range = img_range
-        mean = torch.tensor(DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans, **dd)
-        self.register_buffer("mean", mean.view(1, -1, 1, 1), persistent=False)
-        self.info = RestorationInfo(
+        info = RestorationInfo(
             task=task or ("super-resolution" if upscale > 1 else "denoising"),
             upscale=upscale,
             channels=in_chans,
         )
-        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
-        layers = []
-        for depth in depths:
+
+        def layer(depth: int) -> Layer:
             blocks = [Block(embed_dim, kernel_size, mlp_ratio, fused, **dd) for _ in range(depth)]
-            layers.append(Layer(embed_dim, blocks, **dd))
-        self.layers = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **dd)
-        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
+            return Layer(embed_dim, blocks, **dd)
+
+        super().__init__(info, embed_dim, map(layer, depths), img_range, eps=1e-6, **dd)
         self.conv_last = nn.Conv2d(embed_dim, upscale**2 * in_chans, 3, padding=1, **dd)
+
+    def enlarge(self, y: Tensor) -> Tensor:
+        """Features `[B, embed_dim, H, W]` to `[B, in_chans, upscale * H, upscale * W]`."""
+        return F.pixel_shuffle(self.conv_last(y), self.info.upscale)
 
     def fuse(self) -> CFSR:
         """Merge the edge detectors into plain convolutions, in place, for inference; returns the network.
@@ -276,47 +268,6 @@ class CFSR(nn.Module):
             if isinstance(module, EdgeMlp) and isinstance(module.pos, EdgeConv):
                 module.pos = module.pos.fuse()
         return self
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed: factors and biases of the edge detectors."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("edge_scale", "edge_bias"))}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers for layer-wise decay."""
-        blocks = r"^layers\.(\d+)"
-        fine = [
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^layers\.(\d+)\.conv", (1000,)),
-            (r"^(?:norm|conv_after_body|conv_last)", (99999,)),
-        ]
-        return {"stem": r"^conv_first", "blocks": blocks if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        for module in self.modules():
-            if isinstance(module, Layer):
-                module.grad_checkpointing = enable
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`."""
-        return run_body(x, self.conv_first, self.layers, self.norm, self.conv_after_body)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
-
-        Raises:
-            ValueError: an image without pixels.
-        """
-        if 0 in x.shape[-2:]:
-            raise ValueError(f"an input of {x.shape[-2]}x{x.shape[-1]}: each side must be at least 1 pixels")
-        x = (x - self.mean) * self.img_range
-        upscale = self.info.upscale
-
-        def tail(y: Tensor, x: Tensor) -> Tensor:
-            y = F.pixel_shuffle(self.conv_last(y), upscale)
-            return (y if upscale > 1 else x + y) / self.img_range + self.mean
-
-        return by_bands(tail, self.forward_features(x), x, halo=1, scale=upscale, dim=2)
 
 
 _NAMES = Names((".attn.a.2.lkb_reparam.", ".attn.dwconv."), (".attn.a.0.", ".attn.a."))
@@ -412,20 +363,14 @@ def _convert_edges(state: dict[str, Tensor], mlp: str, fused: bool) -> None:
 
 
 def _cfg(upscale: int, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": f"https://github.com/Aitical/CFSR/raw/main/model_zoo/CFSR_x{upscale}.pth",
-        "num_classes": 0,
-        "input_size": (3, 64, 64),
-        "min_input_size": (3, 1, 1),
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "first_conv": "conv_first",
-        "license": "none",
-        "paper_ids": "arXiv:2401.05633",
-        "paper_name": "Transforming Image Super-Resolution: A ConvFormer-based Efficient Approach",
-        "origin_url": "https://github.com/Aitical/CFSR",
+    return restoration_cfg(
+        url=f"https://github.com/Aitical/CFSR/raw/main/model_zoo/CFSR_x{upscale}.pth",
+        license="none",
+        paper_ids="arXiv:2401.05633",
+        paper_name="Transforming Image Super-Resolution: A ConvFormer-based Efficient Approach",
+        origin_url="https://github.com/Aitical/CFSR",
         **kwargs,
-    }
+    )
 
 
 _RESULTS = (

@@ -19,17 +19,16 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.kernels.precision import at_least_float32, without_autocast
-from visionattn.layers.bands import by_bands, fold_by_bands
+from visionattn.layers.bands import convolved, folded, pixelwise
 from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import is_needed, mirror_index, on_nhwc
 from visionattn.layers.rectangle_window import RectangleWindowAttention
 from visionattn.layers.residual_group import ResidualGroup
 from visionattn.models.frames.common import check_size
 from visionattn.models.frames.restorer import (
-    DIV2K_MEAN,
+    ResidualRestorer,
     RestorationInfo,
     build_restoration,
-    run_body,
     super_resolution_cfg,
 )
 from visionattn.models.registry.layout import (
@@ -73,7 +72,7 @@ class WindowBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn.add_to(x, self.norm1, nn.Identity())
-        return by_bands(lambda rows: rows + self.mlp(self.norm2(rows)), x, into=x)
+        return pixelwise(lambda rows: rows + self.mlp(self.norm2(rows)), x, into=x)
 
 
 class HighFrequencyBlock(nn.Module):
@@ -94,7 +93,7 @@ class HighFrequencyBlock(nn.Module):
             both = torch.cat((on_nhwc(self.conv, local), self.fc(on_nhwc(self.pool, peaks))), -1)
             return x + self.last_fc(F.gelu(both))
 
-        return by_bands(refine, x, halo=1)
+        return convolved(refine, x, halo=1)
 
 
 class ChannelAttention(nn.Module):
@@ -128,7 +127,7 @@ class ChannelAttention(nn.Module):
             out = self._heads(self._keys_or_values(norm(low), 1)) @ weights.mT
             return low + self.proj(out.transpose(1, 2).reshape(low.shape))
 
-        return by_bands(attend, low, halo=1)
+        return convolved(attend, low, halo=1)
 
     def _weights(self, low: Tensor, high: Tensor, norm: nn.Module) -> Tensor:
         """Softmax weights `[B, heads, d, d]`; sums over an image need float32."""
@@ -141,7 +140,7 @@ class ChannelAttention(nn.Module):
                 return tuple(a + b for a, b in zip(sums, terms))
 
         zero = at_least_float32(low.new_zeros(()))
-        products, *squares = fold_by_bands(correlate, (zero, zero, zero), low, high, halo=1)
+        products, *squares = folded(correlate, (zero, zero, zero), low, high, halo=1)
         q_length, k_length = (s.sqrt().clamp(min=1e-12) for s in squares)
         cosines = products / (q_length[..., None] * k_length[..., None, :])
         return (cosines * self.temperature).softmax(-1)
@@ -199,7 +198,7 @@ class FusionBlock(nn.Module):
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """`[B, H, W, C]` twice to `[B, H, W, C]`."""
         x = self.attn.add_to(low, high, self.norm1)
-        return by_bands(lambda rows: rows + self.mlp(self.norm2(rows)), x, halo=1)
+        return convolved(lambda rows: rows + self.mlp(self.norm2(rows)), x, halo=1)
 
 
 class Block(nn.Module):
@@ -230,7 +229,7 @@ class Block(nn.Module):
         return self.fuse(self.low(x), self.high(x))
 
 
-class CRAFT(nn.Module):
+class CRAFT(ResidualRestorer):
     """CRAFT for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
 
     Images are filled up on the right and bottom by their mirror image, edge pixels repeated, to a multiple of
@@ -250,12 +249,12 @@ class CRAFT(nn.Module):
         pad: `"needed"` fills up sides that are no multiple; `"always"` adds a whole block to those that are,
             too, as the script that gave the published results does.
 
-    Attributes:
-        info: what tools need to know to run it.
-
     Raises:
         ValueError: an unknown `pad`, or heads that are odd or do not divide the channels.
     """
+
+    undecayed = ("temperature",)
+    tail_halo = 1
 
     def __init__(
         self,
@@ -272,17 +271,10 @@ class CRAFT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if pad not in ("needed", "always"):
             raise ValueError(f"pad must be 'needed' or 'always', got {pad!r}")
-        self.in_chans = in_chans
-        self.num_classes = 0
-        self.num_features = embed_dim
-        self.img_range = img_range
-        self.pad = pad
-        self.mean = DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
-        self.info = RestorationInfo(
+        info = RestorationInfo(
             task="super-resolution",
             upscale=upscale,
             channels=in_chans,
@@ -290,65 +282,37 @@ class CRAFT(nn.Module):
             exact_tiling=False,
             half_safe=False,
         )
-        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
-        layers = []
-        for depth in depths:
+
+        def group(depth: int) -> ResidualGroup:
             blocks = [
                 Block(embed_dim, num_heads, split_size, mlp_ratio, qkv_bias, **dd) for _ in range(depth)
             ]
-            layers.append(ResidualGroup(embed_dim, blocks, **dd))
-        self.layers = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(embed_dim, **dd)
-        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
+            return ResidualGroup(embed_dim, blocks, **dd)
+
+        super().__init__(info, embed_dim, map(group, depths), img_range, **dd)
+        self.pad = pad
         self.upsample = nn.Sequential(
             nn.Conv2d(embed_dim, upscale**2 * in_chans, 3, padding=1, **dd), nn.PixelShuffle(upscale)
         )
         self.apply(_init_weights)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones."""
-        return {name for name, _ in self.named_parameters() if name.endswith("temperature")}
+    def enlarge(self, y: Tensor) -> Tensor:
+        """Features `[B, embed_dim, H, W]` to `[B, in_chans, upscale * H, upscale * W]`."""
+        return self.upsample(y)
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers for layer-wise decay."""
-        blocks = r"^layers\.(\d+)"
-        fine = [
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^layers\.(\d+)\.conv", (1000,)),
-            (r"^(?:norm|conv_after_body|upsample)", (99999,)),
-        ]
-        return {"stem": r"^conv_first", "blocks": blocks if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        for module in self.modules():
-            if isinstance(module, ResidualGroup):
-                module.grad_checkpointing = enable
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`.
-
-        Sides must be multiples of `info.size_multiple` for the official numbers.
-        """
-        return run_body(x, self.conv_first, self.layers, self.norm, self.conv_after_body)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+    def padded(self, x: Tensor) -> Tensor:
+        """Images, continued on the right and bottom by their mirror image.
 
         Raises:
             ValueError: an image without pixels.
         """
         check_size(x, self.info.min_size)
-        height, width = x.shape[-2:]
-        multiple, mean = self.info.size_multiple, x.new_tensor(self.mean).view(1, -1, 1, 1)
-        for dim, side in ((2, height), (3, width)):
+        multiple = self.info.size_multiple
+        for dim, side in zip((2, 3), x.shape[2:]):
             blocks = -(-side // multiple) if self.pad == "needed" else side // multiple + 1
             if is_needed(blocks * multiple - side):
                 x = x.index_select(dim, mirror_index(side, blocks * multiple, x.device))
-        x = self.forward_features((x - mean) * self.img_range)
-        upscale = self.info.upscale
-        x = by_bands(lambda x: self.upsample(x) / self.img_range + mean, x, halo=1, scale=upscale, dim=2)
-        return x[..., : height * self.info.upscale, : width * self.info.upscale]
+        return x
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -439,7 +403,6 @@ checkpoint_filter_fn = converter(_to_ours)
 def _cfg(results: str) -> dict[str, Any]:
     return super_resolution_cfg(
         results,
-        min_input_size=(3, 1, 1),
         paper_ids="arXiv:2308.05022",
         paper_name="Feature Modulation Transformer: Cross-Refinement of Global Representation via "
         "High-Frequency Prior for Image Super-Resolution",

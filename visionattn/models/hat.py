@@ -13,23 +13,20 @@ from typing import Any
 import torch
 from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from visionattn.kernels import overlapping_window_attention, window_attention
-from visionattn.layers.bands import by_bands
+from visionattn.layers.bands import convolved, pixelwise, windowed
 from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import on_nhwc
+from visionattn.layers.residual_group import add_convolved, run_blocks
 from visionattn.models.frames.common import drop_path_rates
 from visionattn.models.frames.restorer import (
-    DIV2K_MEAN,
-    TAIL_HALO,
+    ResidualRestorer,
     RestorationInfo,
     RestorationTask,
     build_restoration,
-    pad_to_multiple,
-    run_body,
-    upsampler,
+    restoration_cfg,
     upscale_of,
 )
 from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter, window_index
@@ -163,18 +160,17 @@ class Block(nn.Module):
         window, shift = self.attn.window_size, self.attn.shift
         channel_attn = self.channel_attn
         if channel_attn is None:
-            # A row of windows sees the rows next to it.
-            x = by_bands(self._attend, x, halo=window, align=window)
+            # A row of windows sees the rows of windows next to it.
+            x = windowed(self._attend, x, window=window, halo=window)
         else:
-            convolved = by_bands(lambda rows: channel_attn.convolve(self.norm1(rows)), x, halo=2)
-            factors = self.channel_scale * channel_attn.factors(convolved)
+            convolutions = convolved(lambda rows: channel_attn.convolve(self.norm1(rows)), x, halo=2)
+            factors = self.channel_scale * channel_attn.factors(convolutions)
 
-            def attend(rows: Tensor, convolved: Tensor, top: int) -> Tensor:
-                return self._attend(rows, top) + factors * convolved
+            def attend(rows: Tensor, convolutions: Tensor, top: int) -> Tensor:
+                return self._attend(rows, top) + factors * convolutions
 
-            grid: dict[str, Any] = {"align": window, "offset": shift}
-            x = by_bands(attend, x, convolved, **grid, placed=True, into=convolved)
-        return by_bands(lambda rows: rows + self.drop_path(self.mlp(self.norm2(rows))), x, into=x)
+            x = windowed(attend, x, convolutions, window=window, shift=shift, into=convolutions)
+        return pixelwise(lambda rows: rows + self.drop_path(self.mlp(self.norm2(rows))), x, into=x)
 
     def _attend(self, x: Tensor, top: int = 0) -> Tensor:
         return x + self.drop_path(self.attn(self.norm1(x), top))
@@ -199,13 +195,12 @@ class Group(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        y = x
-        for block in (*self.blocks, self.overlap_attn):
-            y = checkpoint(block, y) if self.grad_checkpointing and self.training else block(y)
-        return by_bands(lambda x, y: x + on_nhwc(self.conv, y), x, y, halo=1)
+        blocks = (*self.blocks, self.overlap_attn)
+        y = run_blocks(blocks, x, self.grad_checkpointing and self.training)
+        return add_convolved(x, self.conv, y)
 
 
-class HAT(nn.Module):
+class HAT(ResidualRestorer):
     """HAT; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
 
     With `upscale=1` it restores at the same size: a last convolution straight from the body predicts a
@@ -234,12 +229,11 @@ class HAT(nn.Module):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 (0.1 in official
             training).
 
-    Attributes:
-        info: what tools need to know to run it.
-
     Raises:
         ValueError: another `upscale`, or an overlap that is not even.
     """
+
+    undecayed = ("relative_position_bias_table",)
 
     def __init__(
         self,
@@ -261,7 +255,6 @@ class HAT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if upscale not in (1, 2, 3, 4, 8):
             raise ValueError(f"upscale must be 1, 2, 3, 4 or 8, got {upscale}")
@@ -271,21 +264,6 @@ class HAT(nn.Module):
                 "window_size * overlap_ratio must be an even number of pixels, "
                 f"got {window_size} * {overlap_ratio}"
             )
-        self.in_chans = in_chans
-        self.num_classes = 0
-        self.num_features = embed_dim
-        self.window_size = window_size
-        self.img_range = img_range
-        self.mean = DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
-        self.info = RestorationInfo(
-            task=task or ("super-resolution" if upscale > 1 else "denoising"),
-            upscale=upscale,
-            channels=in_chans,
-            min_size=window_size // 2 + 1,
-            size_multiple=window_size,
-            exact_tiling=False,
-            half_safe=False,
-        )
 
         def attention(**kwargs: int) -> WindowAttention:
             return WindowAttention(embed_dim, num_heads, window_size, qkv_bias=qkv_bias, **kwargs, **dd)
@@ -301,63 +279,19 @@ class HAT(nn.Module):
             overlap_attn = Block(embed_dim, attention(overlap=overlap), None, 0.0, mlp_ratio, **dd)
             layers.append(Group(embed_dim, blocks, overlap_attn, **dd))
 
-        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
-        self.embed_norm = nn.LayerNorm(embed_dim, **dd)
-        self.layers = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(embed_dim, **dd)
-        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
-        if upscale > 1:
-            self.conv_before_upsample = nn.Sequential(
-                nn.Conv2d(embed_dim, 64, 3, padding=1, **dd), nn.LeakyReLU()
-            )
-            self.upsample = upsampler(64, upscale, dd)
-        self.conv_last = nn.Conv2d(64 if upscale > 1 else embed_dim, in_chans, 3, padding=1, **dd)
+        info = RestorationInfo(
+            task=task or ("super-resolution" if upscale > 1 else "denoising"),
+            upscale=upscale,
+            channels=in_chans,
+            min_size=window_size // 2 + 1,
+            size_multiple=window_size,
+            exact_tiling=False,
+            half_safe=False,
+        )
+        super().__init__(info, embed_dim, layers, img_range, embed_norm=True, **dd)
+        self.window_size = window_size
+        self.add_tail(**dd)
         self.apply(_init_weights)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed: the bias tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers for layer-wise decay."""
-        blocks = r"^layers\.(\d+)"
-        fine = [
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^layers\.(\d+)\.(?:overlap_attn|conv)", (1000,)),
-            (r"^(?:norm|conv_after_body|conv_before_upsample|upsample|conv_last)", (99999,)),
-        ]
-        return {"stem": r"^(?:conv_first|embed_norm)", "blocks": blocks if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        for module in self.modules():
-            if isinstance(module, Group):
-                module.grad_checkpointing = enable
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`."""
-        return run_body(x, self.conv_first, (self.embed_norm, *self.layers), self.norm, self.conv_after_body)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
-
-        Raises:
-            ValueError: an image too small to be padded; the message says the smallest size.
-        """
-        height, width = x.shape[-2:]
-        mean = x.new_tensor(self.mean).view(1, -1, 1, 1)
-        x = (pad_to_multiple(x, self.window_size) - mean) * self.img_range
-        y = self.forward_features(x)
-
-        def tail(y: Tensor, x: Tensor) -> Tensor:
-            if self.info.upscale > 1:
-                out = self.conv_last(self.upsample(self.conv_before_upsample(y)))
-            else:
-                out = x + self.conv_last(y)
-            return out / self.img_range + mean
-
-        x = by_bands(tail, y, x, halo=TAIL_HALO, scale=self.info.upscale, dim=2)
-        return x[..., : height * self.info.upscale, : width * self.info.upscale]
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -468,22 +402,15 @@ checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(url: str = "", psnr: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 0,
-        "input_size": (3, 64, 64),
-        "min_input_size": (3, 9, 9),
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "first_conv": "conv_first",
+    facts: dict[str, Any] = {
         "license": "apache-2.0",
         "paper_ids": ("arXiv:2205.04437", "arXiv:2309.05239"),
         "paper_name": "Activating More Pixels in Image Super-Resolution Transformer",
         "origin_url": "https://github.com/XPixelGroup/HAT",
         "description": "weights: https://drive.google.com/drive/folders/1HpmReFfoUqUbnAOQ7rvOeNU3uf_m69w0",
         "notes": (psnr,) if psnr else (),
-        **kwargs,
     }
+    return restoration_cfg(url=url, min_size=9, **{**facts, **kwargs})
 
 
 def _psnr(*values: float) -> str:

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from visionattn.layers.bands import by_bands
+from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
-from visionattn.models.frames.restorer import RestorationInfo, build_restoration, pad_to_multiple
+from visionattn.layers.residual_group import run_blocks
+from visionattn.models.frames.restorer import RestorationInfo, Restorer, build_restoration, restoration_cfg
 from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter
 
 __all__ = ["HSDT", "HSDTSSR"]
@@ -58,7 +58,7 @@ class SpectralSpatialConv(nn.Module):
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
-        return by_bands(lambda rows: then(self(rows)), x, halo=2, dim=2)
+        return convolved(lambda rows: then(self(rows)), x, halo=2, dim=2)
 
 
 class DownConv(nn.Conv3d):
@@ -74,8 +74,7 @@ class DownConv(nn.Conv3d):
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
-        cut: dict[str, Any] = {"halo": 2, "align": 2, "scale": Fraction(1, 2), "dim": 2}
-        return by_bands(lambda rows: then(self(rows)), x, **cut)
+        return convolved(lambda rows: then(self(rows)), x, halo=2, scale=Fraction(1, 2), dim=2)
 
 
 class UpConv(nn.Conv3d):
@@ -85,17 +84,17 @@ class UpConv(nn.Conv3d):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, dim // 2, 3, padding=1, bias=False, **dd)
 
-    def forward(self, x: Tensor, top: int = 0, height: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, places: Tensor | None = None, height: int | None = None) -> Tensor:
         """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`.
 
         Args:
             x: a map, or a band of its rows.
-            top: the row of the map that a band begins with.
+            places: `[rows]`, which rows of the map these are, if `x` is a band.
             height: rows of the map, if `x` is a band.
         """
         rows, columns = x.shape[2:4]
-        if height is not None and height != rows:
-            x = _double_rows(x, top, height)
+        if places is not None and height != rows:
+            x = _double_rows(x, places, height or rows)
         size = (x.shape[1], 2 * rows, 2 * columns)
         # On channels-last memory, that of volumes is three times as fast as that of maps.
         x = F.interpolate(x.permute(0, 4, 1, 2, 3), size, mode="trilinear", align_corners=True)
@@ -104,9 +103,12 @@ class UpConv(nn.Conv3d):
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
         height = x.shape[2]
-        return by_bands(
-            lambda rows, top: then(self(rows, top, height)), x, halo=2, scale=2, dim=2, placed=True
-        )
+        places = torch.arange(height, device=x.device)[None, None]
+
+        def enlarge(rows: Tensor, places: Tensor) -> Tensor:
+            return then(self(rows, places[0, 0], height))
+
+        return convolved(enlarge, x, places, halo=2, scale=2, dim=2)
 
 
 class GuidedSpectralAttention(nn.Module):
@@ -197,13 +199,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv.on_map(x, self._normalise)
         weights = self.attn.weights(x)
-        return by_bands(lambda rows: self.mlp(self.attn(rows, weights)), x, dim=2, into=x)
+        return pixelwise(lambda rows: self.mlp(self.attn(rows, weights)), x, dim=2, into=x)
 
     def _normalise(self, x: Tensor) -> Tensor:
         return self.bn(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
-class HSDT(nn.Module):
+class HSDT(Restorer):
     """HSDT; hyperspectral images `[B, bands, H, W]` in [0, 1] to the same shape, of any height and width.
 
     The official shape `[B, 1, bands, H, W]` is taken and returned too. Images whose sides cannot be halved
@@ -221,9 +223,6 @@ class HSDT(nn.Module):
         self_query_rate: how often, in training, a block compares bands with each other instead of with the
             learned queries; 0.5 in official training.
 
-    Attributes:
-        info: what tools need to know to run it.
-
     Raises:
         ValueError: an unknown `query`, or a `downsample` that the encoder lacks.
     """
@@ -240,25 +239,23 @@ class HSDT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if query not in ("learned", "self"):
             raise ValueError(f"query={query!r} is unknown; choose 'learned' or 'self'")
         if not set(downsample) <= set(range(depth)):
             raise ValueError(f"downsample must name blocks from 0 to {depth - 1}, got {tuple(downsample)}")
         multiple = 2 ** len(downsample)
-        self.in_chans = self.num_bands = in_chans
-        self.num_classes = 0
-        self.num_features = embed_dim
-        self.query = query
-        self.noise_map = noise_map
-        self.info = RestorationInfo(
+        info = RestorationInfo(
             task="hyperspectral-denoising",
             channels=in_chans,
             min_size=multiple // 2 + 1,
             size_multiple=multiple,
             exact_tiling=False,
         )
+        super().__init__(info, embed_dim)
+        self.num_bands = in_chans
+        self.query = query
+        self.noise_map = noise_map
 
         def block(conv: type[Any], dims: Sequence[int], dim: int) -> Block:
             attn = GuidedSpectralAttention(dim, in_chans, query, self_query_rate, **dd)
@@ -280,10 +277,6 @@ class HSDT(nn.Module):
         self.grad_checkpointing = False
         self.apply(_init_weights)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
-        return set()
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers for layer-wise decay; coarse and fine are the same."""
         depth = len(self.encoder)
@@ -291,19 +284,16 @@ class HSDT(nn.Module):
         blocks += [(rf"^decoder\.{i}\.", (depth + i,)) for i in range(depth)]
         return {"stem": r"^(?:proj|head)", "blocks": [*blocks, (r"^tail", (99999,))]}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        self.grad_checkpointing = enable
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Input maps `[B, D, H, W, 1 or 2]` to features `[B, D, H, W, embed_dim]`."""
+        recompute = self.grad_checkpointing and self.training
         skips = [self.head(x)]
         for block in self.encoder:
-            skips.append(self._run(block, skips[-1]))
+            skips.append(run_blocks((block,), skips[-1], recompute))
         y = skips.pop()
         for block in self.decoder:
-            y = self._run(block, y)
-            y = by_bands(torch.add, y, skips.pop(), dim=2, into=y)
+            y = run_blocks((block,), y, recompute)
+            y = pixelwise(torch.add, y, skips.pop(), dim=2, into=y)
         return y
 
     def forward(self, x: Tensor, noise_level: Tensor | float | None = None) -> Tensor:
@@ -323,20 +313,15 @@ class HSDT(nn.Module):
                 too small to be padded; the message says the smallest size.
         """
         maps = self._input_maps(x, noise_level)
-        height, width = maps.shape[-2:]
-        padded = pad_to_multiple(maps.flatten(1, 2), self.info.size_multiple)
-        padded = padded.unflatten(1, maps.shape[1:3])
+        padded = self.padded(maps.flatten(1, 2)).unflatten(1, maps.shape[1:3])
         y = self.forward_features(padded.permute(0, 2, 3, 4, 1).contiguous())
 
         def tail(y: Tensor, x: Tensor) -> Tensor:
             return x + _convolve(self.tail, y)
 
-        y = by_bands(tail, y, padded[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2)
-        y = y.permute(0, 4, 1, 2, 3)[..., :height, :width]
+        y = convolved(tail, y, padded[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2)
+        y = self.cropped(y.permute(0, 4, 1, 2, 3), x)
         return y if x.dim() == 5 else y[:, 0]
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
 
     def _input_maps(self, x: Tensor, noise_level: Tensor | float | None) -> Tensor:
         """`[B, 1 or 2, D, H, W]`: the image, and the noise map if the network takes one."""
@@ -420,17 +405,17 @@ def _unfolds(x: Tensor) -> bool:
     return not _ONEDNN or (batch == 1 and bands * height * channels <= 20480)
 
 
-def _double_rows(x: Tensor, top: int, height: int) -> Tensor:
+def _double_rows(x: Tensor, places: Tensor, height: int) -> Tensor:
     """Linear enlargement along rows of a band `[B, D, rows, W, C]` of a map, its corners being aligned.
 
     The numbers are those of `F.interpolate` on the whole map, which places the output rows in float32. Rows
-    that need others than the band's are wrong.
+    that need others than those of the band, `places` `[rows]`, are wrong.
     """
-    rows = torch.arange(2 * top, 2 * (top + x.shape[2]), device=x.device, dtype=torch.float32)
+    rows = torch.stack((2 * places, 2 * places + 1), 1).flatten().float()
     rows = rows * (torch.tensor(float(height - 1), device=x.device) / (2 * height - 1))
     upper = rows.floor()
     upper_rows, lower_rows = (
-        x.index_select(2, (index.long() - top).clamp(0, x.shape[2] - 1)) for index in (upper, upper + 1)
+        x.index_select(2, (index.long() - places[0]).clamp(0, x.shape[2] - 1)) for index in (upper, upper + 1)
     )
     return torch.lerp(upper_rows, lower_rows, (rows - upper).to(x.dtype)[:, None, None])
 
@@ -508,14 +493,8 @@ LAYOUTS = (
 checkpoint_filter_fn = converter(_to_ours)
 
 
-def _cfg(notes: Sequence[str] = (), **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (31, 64, 64),
-        "min_input_size": (31, 3, 3),
-        "mean": (0.0,) * 31,
-        "std": (1.0,) * 31,
+def _cfg(notes: Sequence[str] = (), channels: int = 31, **kwargs: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
         "first_conv": "head.conv.spatial1",
         "license": "mit",
         "paper_ids": "arXiv:2303.09040",
@@ -523,8 +502,8 @@ def _cfg(notes: Sequence[str] = (), **kwargs: Any) -> dict[str, Any]:
         "origin_url": "https://github.com/Zeqiang-Lai/HSDT",
         "description": "weights: https://github.com/Zeqiang-Lai/HSDT/releases/tag/v1.0" if notes else "",
         "notes": tuple(notes),
-        **kwargs,
     }
+    return restoration_cfg(channels=channels, **{"min_size": 3, **facts, **kwargs})
 
 
 def _gaussian(*results: str) -> list[str]:
@@ -552,20 +531,14 @@ default_cfgs = generate_default_cfgs(
         "hsdt_m.icvl_complex": _cfg(_complex(44.56, 44.29, 44.18, 41.28, 40.46)),
         "hsdt_l.icvl_gaussian": _cfg(
             _gaussian("44.31/.992/.041", "42.09/.987/.048", "40.59/.982/.054", "43.59/.989/.044"),
-            min_input_size=(31, 5, 5),
+            min_size=5,
         ),
-        "hsdt_l.icvl_complex": _cfg(_complex(44.94, 44.69, 44.55, 42.02, 41.07), min_input_size=(31, 5, 5)),
+        "hsdt_l.icvl_complex": _cfg(_complex(44.94, 44.69, 44.55, 42.02, 41.07), min_size=5),
         "hsdt_4": _cfg(),
         "hsdt_24": _cfg(),
         "hsdt_32": _cfg(),
         "hsdt_pnp": _cfg(),
-        "hsdt_ssr": _cfg(
-            input_size=(3, 64, 64),
-            min_input_size=(3, 3, 3),
-            mean=(0.0,) * 3,
-            std=(1.0,) * 3,
-            first_conv="proj",
-        ),
+        "hsdt_ssr": _cfg(channels=3, first_conv="proj"),
     }
 )
 

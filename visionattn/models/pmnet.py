@@ -8,18 +8,18 @@ the paper's text, figures and table of sizes; the authors' weights do not load i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from visionattn.layers.bands import by_bands, fold_by_bands
-from visionattn.models.frames.restorer import RestorationInfo, build_restoration, pad_to_multiple
+from visionattn.layers.bands import convolved, folded, pixelwise
+from visionattn.layers.residual_group import run_blocks
+from visionattn.models.frames.restorer import RestorationInfo, Restorer, build_restoration, restoration_cfg
 from visionattn.models.registry.layout import Layout, Shapes
 
 __all__ = ["Dehazed", "PMNet"]
@@ -75,7 +75,7 @@ class SeparableHybridAttention(nn.Module):
             return residual[0] + x if residual else x
 
         added = () if residual is None else (residual,)
-        return by_bands(gate, x, rows, *added, dim=2, into=x)
+        return pixelwise(gate, x, rows, *added, dim=2, into=x)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of all pixels as the product of `[B, C, H, 1]` and `[B, C, 1, W]`."""
@@ -107,7 +107,7 @@ class MultiBranchHybridAttention(nn.Module):
         def convolve(x: Tensor) -> Tensor:
             return self.conv(self.act(self.conv1(x) + self.conv3(x) + x))
 
-        return self.sha(by_bands(convolve, x, halo=2, dim=2), x)
+        return self.sha(convolved(convolve, x, halo=2, dim=2), x)
 
 
 class ContextualTransformer(nn.Module):
@@ -136,26 +136,26 @@ class ContextualTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H, W]`."""
-        key = by_bands(self.key, x, halo=self.key.kernel_size[0] // 2, dim=2)
+        key = convolved(self.key, x, halo=self.key.kernel_size[0] // 2, dim=2)
         normalise = _instance_norm(key)
-        key = by_bands(lambda key: self.act(normalise(key)), key, dim=2, into=key)
-        y = by_bands(lambda key, x: self.att1(torch.cat((key, x), 1)), key, x, dim=2)
+        key = pixelwise(lambda key: self.act(normalise(key)), key, dim=2, into=key)
+        y = pixelwise(lambda key, x: self.att1(torch.cat((key, x), 1)), key, x, dim=2)
         normalise_y, value = _instance_norm(y), self.value(x)
         normalise_value = _instance_norm(value)
         # The mean over the neighbours of a linear layer's outputs is the output of its mean.
         weight, bias = (p.unflatten(0, (-1, self.neighbours)).mean(1) for p in self.att2.parameters())
-        logits = by_bands(lambda y: F.conv2d(self.act(normalise_y(y)), weight, bias), y, dim=2)
+        logits = pixelwise(lambda y: F.conv2d(self.act(normalise_y(y)), weight, bias), y, dim=2)
 
         def extend(total: Tensor, logits: Tensor, core: slice) -> Tensor:
             return torch.logaddexp(total, logits.flatten(2).logsumexp(-1))
 
         nothing = logits.new_full((), float("-inf"))
-        total = fold_by_bands(extend, nothing, logits, dim=2)[..., None, None]
+        total = folded(extend, nothing, logits, dim=2)[..., None, None]
 
         def mix(key: Tensor, logits: Tensor, value: Tensor) -> Tensor:
             return key + (logits - total).exp() * normalise_value(value)
 
-        return by_bands(mix, key, logits, value, dim=2, into=key)
+        return pixelwise(mix, key, logits, value, dim=2, into=key)
 
 
 class AdaptiveFusion(nn.Module):
@@ -183,7 +183,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H, W]`."""
         mha, cot = self.mha(x), self.cot(x)
-        return by_bands(self.aff, mha, cot, dim=2, into=mha)
+        return pixelwise(self.aff, mha, cot, dim=2, into=mha)
 
 
 class Tail(nn.Module):
@@ -236,14 +236,14 @@ class Shallow(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[B, C, H, W]` to features `[B, out_dim, H, W]` and the pseudo-haze-free images."""
-        down: dict[str, Any] = {"halo": 2, "align": 2, "scale": Fraction(1, 2), "dim": 2}
-        half = self.sha1(by_bands(self.down1, image, **down))
-        quarter = self.sha2(by_bands(self.down2, half, **down))
-        y = _run(self.blocks, quarter, self.grad_checkpointing)
+        down: dict[str, Any] = {"halo": 2, "scale": Fraction(1, 2), "dim": 2}
+        half = self.sha1(convolved(self.down1, image, **down))
+        quarter = self.sha2(convolved(self.down2, half, **down))
+        y = run_blocks(self.blocks, quarter, self.grad_checkpointing and self.training)
         up: dict[str, Any] = {"halo": 2, "scale": 2, "dim": 2}
-        y = self.up_sha1(by_bands(lambda y, skip: self.up1(_twice(y + skip)), y, quarter, **up))
-        features = self.up_sha2(by_bands(lambda y, skip: self.up2(_twice(y + skip)), y, half, **up))
-        pseudo = by_bands(lambda y, image: image + self.tail(y), features, image, halo=2, dim=2)
+        y = self.up_sha1(convolved(lambda y, skip: self.up1(_twice(y + skip)), y, quarter, **up))
+        features = self.up_sha2(convolved(lambda y, skip: self.up2(_twice(y + skip)), y, half, **up))
+        pseudo = convolved(lambda y, image: image + self.tail(y), features, image, halo=2, dim=2)
         return features, pseudo
 
 
@@ -270,8 +270,8 @@ class Density(nn.Module):
         def convolve(*images: Tensor) -> Tensor:
             return self.act(self.conv1(torch.cat(images, 1)))
 
-        y = self.sha(by_bands(convolve, image, pseudo, halo=1, dim=2))
-        return by_bands(lambda y: self.conv2(y).sigmoid(), y, halo=1, dim=2)
+        y = self.sha(convolved(convolve, image, pseudo, halo=1, dim=2))
+        return convolved(lambda y: self.conv2(y).sigmoid(), y, halo=1, dim=2)
 
 
 class Deep(nn.Module):
@@ -306,11 +306,12 @@ class Deep(nn.Module):
             return self.aff(self.conv_in(mixed), density * features)
 
         # The halo is for the image: no row of the features reaches another one.
-        y = by_bands(fuse, mixed, density, features, halo=1, dim=2, into=features)
-        return by_bands(self.tail, _run(self.blocks, y, self.grad_checkpointing), halo=2, dim=2)
+        y = convolved(fuse, mixed, density, features, halo=1, dim=2, into=features)
+        y = run_blocks(self.blocks, y, self.grad_checkpointing and self.training)
+        return convolved(self.tail, y, halo=2, dim=2)
 
 
-class PMNet(nn.Module):
+class PMNet(Restorer):
     """Dehazing of images `[B, in_chans, H, W]` in [0, 1], any size.
 
     Sides are reflect-padded on the right and bottom to multiples of 4, and the output is cropped. Rows,
@@ -324,9 +325,6 @@ class PMNet(nn.Module):
         depth: blocks of the first half.
         deep_depth: blocks of the second half.
         density_dim: channels of the density's network.
-
-    Attributes:
-        info: what tools need to know to run it.
 
     Raises:
         ValueError: numbers of channels that are no multiples of 4.
@@ -344,27 +342,20 @@ class PMNet(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = (mid_dim, embed_dim, deep_dim, density_dim)
         if any(dim % 4 for dim in dims):
             raise ValueError(
                 f"mid_dim, embed_dim, deep_dim and density_dim must be multiples of 4, got {dims}"
             )
-        self.in_chans = in_chans
-        self.num_classes = 0
-        self.num_features = deep_dim
-        self.info = RestorationInfo(
+        info = RestorationInfo(
             task="dehazing", channels=in_chans, min_size=3, size_multiple=4, exact_tiling=False
         )
+        super().__init__(info, deep_dim)
         self.shallow = Shallow(in_chans, mid_dim, embed_dim, deep_dim, depth, **dd)
         self.density = Density(in_chans, density_dim, **dd)
         self.mix = AdaptiveFusion(**dd)
         self.deep = Deep(in_chans, deep_dim, deep_depth, **dd)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
-        return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers for layer-wise decay; coarse takes the halves whole."""
@@ -378,10 +369,6 @@ class PMNet(nn.Module):
         ]
         return {"stem": r"^shallow\.(?:down|sha)", "blocks": coarse_blocks if coarse else fine}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        self.shallow.grad_checkpointing = self.deep.grad_checkpointing = enable
-
     def forward_all(self, x: Tensor) -> Dehazed:
         """Hazy images `[B, in_chans, H, W]` to restored and pseudo-haze-free images and the density.
 
@@ -390,26 +377,16 @@ class PMNet(nn.Module):
         Raises:
             ValueError: an image too small to be padded; the message says the smallest size.
         """
-        height, width = x.shape[-2:]
-        image = pad_to_multiple(x, self.info.size_multiple)
+        return Dehazed(*(self.cropped(out, x) for out in self._dehaze(self.padded(x))))
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Filled-up hazy images `[B, in_chans, H, W]` to clear ones; `forward_all` gives more."""
+        return self._dehaze(x)[0]
+
+    def _dehaze(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features, pseudo = self.shallow(image)
         density = self.density(image, pseudo)
-        restored = image + self.deep(self.mix(image, pseudo), density, features)
-        return Dehazed(*(out[..., :height, :width] for out in (restored, pseudo, density)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Hazy images `[B, in_chans, H, W]` to clear ones, unclipped; `forward_all` gives more.
-
-        Raises:
-            ValueError: an image too small to be padded; the message says the smallest size.
-        """
-        return self.forward_all(x).image
-
-
-def _run(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
-    for block in blocks:
-        x = checkpoint(block, x) if recompute and block.training else block(x)
-    return x
+        return image + self.deep(self.mix(image, pseudo), density, features), pseudo, density
 
 
 def _twice(x: Tensor) -> Tensor:
@@ -445,20 +422,16 @@ LAYOUTS = (
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (3, 256, 256),
-        "min_input_size": (3, 3, 3),
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "first_conv": "shallow.down1",
-        "license": "mit",
-        "paper_ids": "arXiv:2111.09733",
-        "paper_name": "Perceiving and Modeling Density for Image Dehazing",
-        "origin_url": "https://github.com/Owen718/ECCV22-Perceiving-and-Modeling-Density-for-Image-Dehazing",
+    return restoration_cfg(
+        size=256,
+        min_size=3,
+        first_conv="shallow.down1",
+        license="mit",
+        paper_ids="arXiv:2111.09733",
+        paper_name="Perceiving and Modeling Density for Image Dehazing",
+        origin_url="https://github.com/Owen718/ECCV22-Perceiving-and-Modeling-Density-for-Image-Dehazing",
         **kwargs,
-    }
+    )
 
 
 # The paper's results, PSNR/SSIM on RGB: the mark for a network trained anew, as no weights can be loaded.

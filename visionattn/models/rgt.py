@@ -17,20 +17,17 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from visionattn.layers.bands import by_bands
+from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import on_nhwc
 from visionattn.layers.rectangle_window import RectangleWindowAttention
 from visionattn.layers.residual_group import ResidualGroup
-from visionattn.models.frames.common import check_size
+from visionattn.models.frames.common import drop_path_rates
 from visionattn.models.frames.restorer import (
-    DIV2K_MEAN,
-    TAIL_HALO,
+    ResidualRestorer,
     RestorationInfo,
     build_restoration,
-    run_body,
     super_resolution_cfg,
-    upsampler,
     upscale_of,
 )
 from visionattn.models.registry.layout import (
@@ -93,8 +90,8 @@ class RecursiveGeneralizationAttention(nn.Module):
         times = _reductions(x.shape[1], x.shape[2], self.training)
         whole = x[:, : x.shape[1] // 4 * 4] if times else x
         reduce = self.reduction if times else nn.Identity()
-        cut: dict[str, Any] = {"align": 4, "scale": Fraction(1, 4)} if times else {}
-        small = by_bands(lambda rows: on_nhwc(reduce, norm(rows)), whole, **cut)
+        scale = Fraction(1, 4) if times else 1
+        small = convolved(lambda rows: on_nhwc(reduce, norm(rows)), whole, scale=scale)
         for _ in range(times - 1):
             small = on_nhwc(self.reduction, small)
         small = F.gelu(self.norm(self.conv(on_nhwc(self.dwconv, small))))
@@ -110,7 +107,7 @@ class RecursiveGeneralizationAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
             return rows + drop_path(self.proj(out.transpose(1, 2).reshape(rows.shape)))
 
-        return by_bands(attend, x)
+        return pixelwise(attend, x)
 
     def _heads(self, x: Tensor) -> Tensor:
         """`[B, heads, H * W, d]` of `[B, H, W, C]`."""
@@ -168,10 +165,10 @@ class Block(nn.Module):
         def finish(y: Tensor, x: Tensor) -> Tensor:
             return y + self.drop_path(self.mlp(self.norm2(y))) + self.gamma * x
 
-        return by_bands(finish, y, x, halo=1)
+        return convolved(finish, y, x, halo=1)
 
 
-class RGT(nn.Module):
+class RGT(ResidualRestorer):
     """RGT for super-resolution; images `[B, in_chans, H, W]` in [0, 1] to `[B, in_chans, s * H, s * W]`.
 
     Any size from 16 pixels a side works without padding the image. Every second block attends to the whole
@@ -190,9 +187,6 @@ class RGT(nn.Module):
         img_range: factor on the image before the network, undone after it.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 (0.1 in official
             training).
-
-    Attributes:
-        info: what tools need to know to run it.
 
     Raises:
         ValueError: an `upscale` without an upsampler, or heads that are odd or do not divide the channels.
@@ -214,21 +208,7 @@ class RGT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
-        self.num_classes = 0
-        self.num_features = embed_dim
-        self.img_range = img_range
-        self.mean = DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
-        self.info = RestorationInfo(
-            task="super-resolution",
-            upscale=upscale,
-            channels=in_chans,
-            min_size=_MIN_SIZE,
-            exact_tiling=False,
-            half_safe=False,
-        )
 
         def attention(group: int, block: int) -> RectangleWindowAttention | RecursiveGeneralizationAttention:
             if block % 2:
@@ -239,8 +219,7 @@ class RGT(nn.Module):
                 embed_dim, num_heads, split_size, shifted, qkv_bias=qkv_bias, **dd
             )
 
-        total = sum(depths)
-        rates = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         layers = []
         for group, depth in enumerate(depths):
             blocks = [
@@ -248,56 +227,17 @@ class RGT(nn.Module):
             ]
             layers.append(ResidualGroup(embed_dim, blocks, **dd))
 
-        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
-        self.embed_norm = nn.LayerNorm(embed_dim, **dd)
-        self.layers = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(embed_dim, **dd)
-        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
-        self.conv_before_upsample = nn.Sequential(
-            nn.Conv2d(embed_dim, 64, 3, padding=1, **dd), nn.LeakyReLU()
+        info = RestorationInfo(
+            task="super-resolution",
+            upscale=upscale,
+            channels=in_chans,
+            min_size=_MIN_SIZE,
+            exact_tiling=False,
+            half_safe=False,
         )
-        self.upsample = upsampler(64, upscale, dd)
-        self.conv_last = nn.Conv2d(64, in_chans, 3, padding=1, **dd)
+        super().__init__(info, embed_dim, layers, img_range, embed_norm=True, **dd)
+        self.add_tail(**dd)
         self.apply(_init_weights)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
-        return set()
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers for layer-wise decay."""
-        blocks = r"^layers\.(\d+)"
-        fine = [
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^layers\.(\d+)\.conv", (1000,)),
-            (r"^(?:norm|conv_after_body|conv_before_upsample|upsample|conv_last)", (99999,)),
-        ]
-        return {"stem": r"^(?:conv_first|embed_norm)", "blocks": blocks if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing what they hold."""
-        for module in self.modules():
-            if isinstance(module, ResidualGroup):
-                module.grad_checkpointing = enable
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`."""
-        return run_body(x, self.conv_first, (self.embed_norm, *self.layers), self.norm, self.conv_after_body)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
-
-        Raises:
-            ValueError: a side below 16 pixels.
-        """
-        check_size(x, _MIN_SIZE)
-        mean = x.new_tensor(self.mean).view(1, -1, 1, 1)
-        x = self.forward_features((x - mean) * self.img_range)
-
-        def tail(x: Tensor) -> Tensor:
-            return self.conv_last(self.upsample(self.conv_before_upsample(x))) / self.img_range + mean
-
-        return by_bands(tail, x, halo=TAIL_HALO, scale=self.info.upscale, dim=2)
 
 
 def _reductions(height: int, width: int, training: bool) -> int:
@@ -393,7 +333,7 @@ checkpoint_filter_fn = converter(_to_ours)
 def _cfg(results: str) -> dict[str, Any]:
     return super_resolution_cfg(
         results,
-        min_input_size=(3, _MIN_SIZE, _MIN_SIZE),
+        min_size=_MIN_SIZE,
         paper_ids="arXiv:2303.06373",
         paper_name="Recursive Generalization Transformer for Image Super-Resolution",
         origin_url="https://github.com/zhengchen1999/RGT",

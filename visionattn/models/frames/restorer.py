@@ -1,4 +1,4 @@
-"""What every restoration network states about itself, and the parts that they share."""
+"""What restoration networks share: their record, timm's contract, and the way from image to image."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.layers.bands import by_bands
+from visionattn.layers.bands import convolved
 from visionattn.layers.maps import on_nhwc
+from visionattn.models.frames.common import check_size
 from visionattn.models.registry.layout import Shapes, build
 
 RestorationTask = Literal[
@@ -27,10 +28,6 @@ RestorationTask = Literal[
 
 # Mean colour of the DIV2K training set, which super-resolution networks subtract and add back.
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
-
-# Rows of features on which a row of the image depends at most through one 3x3 convolution at their size,
-# `upsampler`, and one at that of the image.
-TAIL_HALO = 3
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,162 @@ class RestorationInfo:
     half_safe: bool = False
     bfloat16_safe: bool = True
     out_channels: int | None = None
+
+
+class Restorer(nn.Module):
+    """A network from images `[B, in_chans, H, W]` to restored ones, of any size that its record allows.
+
+    A family makes the record, says in `restore` what becomes of an image whose size it takes, and sorts its
+    parameters in `group_matcher`. Another way to fill up images is a `padded` of its own.
+
+    Args:
+        info: the record.
+        num_features: channels of the features before the last layers.
+
+    Attributes:
+        info: what tools need to know to run it.
+        undecayed: how the names of parameters end that are not decayed, beyond timm's rule of one-dimensional
+            ones.
+    """
+
+    undecayed: tuple[str, ...] = ()
+
+    def __init__(self, info: RestorationInfo, num_features: int):
+        super().__init__()
+        self.info = info
+        self.in_chans = info.channels
+        self.num_classes = 0
+        self.num_features = num_features
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed, see `undecayed`."""
+        return {name for name, _ in self.named_parameters() if name.endswith(self.undecayed)}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing what they hold."""
+        for module in self.modules():
+            if "grad_checkpointing" in vars(module):
+                module.grad_checkpointing = enable
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, unclipped.
+
+        Raises:
+            ValueError: an image too small; the message says the smallest size.
+        """
+        return self.cropped(self.restore(self.padded(x)), x)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Filled-up images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`."""
+        raise NotImplementedError
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Images, reflected on the right and bottom up to `info.size_multiple`.
+
+        Raises:
+            ValueError: an image too small; the message says the smallest size.
+        """
+        if self.info.size_multiple > 1:
+            return pad_to_multiple(x, self.info.size_multiple)
+        check_size(x, self.info.min_size)
+        return x
+
+    def cropped(self, restored: Tensor, x: Tensor) -> Tensor:
+        """What belongs to the images `x`, before they were filled up, in what the network made of them."""
+        height, width = (side * self.info.upscale for side in x.shape[-2:])
+        return restored[..., :height, :width]
+
+
+class ResidualRestorer(Restorer):
+    """Most super-resolution networks: a convolution, a body inside a skip, and a tail that makes the image.
+
+    `tail(conv_after_body(norm(layers(f))) + f)` with `f = conv_first(x)`, where x is the image without the
+    mean colour. At the same size, the tail makes a correction of x. `add_tail` makes the parts of the usual
+    tail; for another one a family has its own parts, `enlarge` and `tail_halo`.
+
+    Args:
+        info: the record.
+        embed_dim: channels of the body.
+        layers: modules on `[B, H, W, C]`, one after the other.
+        img_range: factor on the image before the network, undone after it.
+        embed_norm: whether a layer norm stands before the layers.
+        eps: of the layer norm behind the layers.
+
+    Attributes:
+        mean: the mean colour, 0 for other images than those of 3 channels.
+        tail_halo: rows of features on either side on which a row of the image depends in the tail.
+    """
+
+    tail_halo = 3  # of a 3x3 convolution at the size of the features, `upsampler`, one at that of the image
+
+    def __init__(
+        self,
+        info: RestorationInfo,
+        embed_dim: int,
+        layers: Iterable[nn.Module],
+        img_range: float = 1.0,
+        embed_norm: bool = False,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(info, embed_dim)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.img_range = img_range
+        self.mean = DIV2K_MEAN if self.in_chans == 3 else (0.0,) * self.in_chans
+        self.conv_first = nn.Conv2d(self.in_chans, embed_dim, 3, padding=1, **dd)
+        self.embed_norm = nn.LayerNorm(embed_dim, **dd) if embed_norm else nn.Identity()
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(embed_dim, eps=eps, **dd)
+        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
+
+    def add_tail(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Make a narrowing convolution, enlarging ones, and a last one; the last alone at the same size."""
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dim = self.num_features
+        if self.info.upscale > 1:
+            narrow = nn.Conv2d(dim, 64, 3, padding=1, **dd)
+            self.conv_before_upsample = nn.Sequential(narrow, nn.LeakyReLU())
+            self.upsample = upsampler(64, self.info.upscale, dd)
+            dim = 64
+        self.conv_last = nn.Conv2d(dim, self.in_chans, 3, padding=1, **dd)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers for layer-wise decay."""
+        layers = r"^layers\.(\d+)"
+        fine = [
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^layers\.(\d+)\.(?:overlap_attn|conv)", (1000,)),
+            (r"^(?:norm|conv_after_body|conv_before_upsample|upsample|conv_last)", (99999,)),
+        ]
+        return {"stem": r"^(?:conv_first|embed_norm)", "blocks": layers if coarse else fine}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The body: images `[B, in_chans, H, W]`, mean subtracted, to `[B, embed_dim, H, W]`.
+
+        Sides must be multiples of `info.size_multiple` for the official numbers.
+        """
+        return run_body(x, self.conv_first, (self.embed_norm, *self.layers), self.norm, self.conv_after_body)
+
+    def enlarge(self, y: Tensor) -> Tensor:
+        """Features `[B, embed_dim, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, the parts' tail."""
+        if self.info.upscale > 1:
+            y = self.upsample(self.conv_before_upsample(y))
+        return self.conv_last(y)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Filled-up images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`."""
+        mean, upscale = x.new_tensor(self.mean).view(1, -1, 1, 1), self.info.upscale
+        x = (x - mean) * self.img_range
+        corrected = (x,) if upscale == 1 else ()
+        y = self.forward_features(x)
+
+        def tail(y: Tensor, *corrected: Tensor) -> Tensor:
+            out = self.enlarge(y)
+            return (corrected[0] + out if corrected else out) / self.img_range + mean
+
+        into = x if corrected and not torch.is_grad_enabled() else None
+        return convolved(tail, y, *corrected, halo=self.tail_halo, scale=upscale, dim=2, into=into)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -137,7 +290,28 @@ def run_body(
         # The first convolution runs again: its output would have to be kept all the time.
         return on_nhwc(conv_after_body, norm(y)) + on_nhwc(conv_first, x)
 
-    return by_bands(close, y, x, halo=1).permute(0, 3, 1, 2)
+    return convolved(close, y, x, halo=1).permute(0, 3, 1, 2)
+
+
+def restoration_cfg(*, channels: int = 3, size: int = 64, min_size: int = 1, **kwargs: Any) -> dict[str, Any]:
+    """A `default_cfgs` entry of a restoration network.
+
+    Args:
+        channels: of images.
+        size: side of the images for which costs are stated.
+        min_size: smallest side.
+        kwargs: the other fields.
+    """
+    return {
+        "url": "",
+        "num_classes": 0,
+        "input_size": (channels, size, size),
+        "min_input_size": (channels, min_size, min_size),
+        "mean": (0.0,) * channels,
+        "std": (1.0,) * channels,
+        "first_conv": "conv_first",
+        **kwargs,
+    }
 
 
 def super_resolution_cfg(results: str, **kwargs: Any) -> dict[str, Any]:
@@ -145,21 +319,11 @@ def super_resolution_cfg(results: str, **kwargs: Any) -> dict[str, Any]:
 
     Args:
         results: "PSNR/SSIM" on Y for Set5, Set14, B100, Urban100 and Manga109, separated by blanks.
-        kwargs: the other fields.
+        kwargs: of `restoration_cfg`.
     """
     sets = ("Set5", "Set14", "B100", "Urban100", "Manga109")
     table = ", ".join(f"{name} {value}" for name, value in zip(sets, results.split()))
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (3, 64, 64),
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "license": "apache-2.0",
-        "first_conv": "conv_first",
-        "notes": (f"PSNR/SSIM on Y: {table}",),
-        **kwargs,
-    }
+    return restoration_cfg(**{"license": "apache-2.0", "notes": (f"PSNR/SSIM on Y: {table}",), **kwargs})
 
 
 def build_restoration(model_cls: type, variant: str, pretrained: bool, **kwargs: Any) -> Any:
