@@ -13,21 +13,20 @@ from visionattn.models.hsdt import (
     SelfModulatedMlp,
     SpectralSpatialConv,
     UpConv,
+    VolumeConv,
 )
 
 
-def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """A 3-D convolution of `[B, D, H, W, C]`."""
-    y = F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, padding=1)
-    return y.permute(0, 2, 3, 4, 1)
+class TheirVolumeConv(VolumeConv):
+    """A 3-D convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, D, H, W, C]` to `[B, D, H', W', C']`."""
+        return nn.Conv3d.forward(self, input.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
-class TheirDownConv(DownConv):
-    """A convolution of the volume."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, H / 2, W / 2, 2 * C]`."""
-        return convolve(self, x)
+class TheirDownConv(TheirVolumeConv, DownConv):
+    """A 3-D convolution."""
 
 
 class TheirSpectralSpatialConv(SpectralSpatialConv):
@@ -42,14 +41,14 @@ class TheirSpectralSpatialConv(SpectralSpatialConv):
         return (y + F.conv3d(x, self.spectral.weight[..., None], padding=(1, 0, 0))).permute(0, 2, 3, 4, 1)
 
 
-class TheirUpConv(UpConv):
+class TheirUpConv(TheirVolumeConv, UpConv):
     """Enlargement of the volume, then a convolution of it."""
 
-    def forward(self, x: Tensor, top: int = 0, height: int | None = None) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`; `top` and `height` are not used."""
-        volume = x.permute(0, 4, 1, 2, 3)
+    def forward(self, input: Tensor, *band: object) -> Tensor:
+        """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`; the place of a band is not used."""
+        volume = input.permute(0, 4, 1, 2, 3)
         volume = F.interpolate(volume, scale_factor=(1.0, 2.0, 2.0), mode="trilinear", align_corners=True)
-        return convolve(self, volume.permute(0, 2, 3, 4, 1))
+        return super().forward(volume.permute(0, 2, 3, 4, 1))
 
 
 class TheirSpectralAttention(GuidedSpectralAttention):
@@ -72,6 +71,7 @@ class TheirModulatedMlp(SelfModulatedMlp):
 
 FORMULATION = Formulation(
     {
+        VolumeConv: TheirVolumeConv,
         DownConv: TheirDownConv,
         SpectralSpatialConv: TheirSpectralSpatialConv,
         UpConv: TheirUpConv,

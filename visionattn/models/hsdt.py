@@ -61,23 +61,38 @@ class SpectralSpatialConv(nn.Module):
         return convolved(lambda rows: then(self(rows)), x, halo=2, dim=2)
 
 
-class DownConv(nn.Conv3d):
+class VolumeConv(nn.Conv3d):
+    """A 3x3x3 convolution of `[B, D, H, W, C]`; arguments as `torch.nn.Conv3d`.
+
+    Small single images would be unfolded on a CPU, 27 times their size: they run as maps with the channels of
+    three bands each.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, D, H, W, C]` to `[B, D, H', W', C']`."""
+        x = input
+        # What is counted on the meta device may run on a CPU.
+        if torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta") or not _unfolds(x):
+            return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
+        three = torch.cat((near[:, :-2], x, near[:, 2:]), -1)
+        weight = self.weight.transpose(1, 2).flatten(1, 2)
+        return _on_maps(lambda maps: F.conv2d(maps, weight, self.bias, self.stride[1:], padding=1), three)
+
+
+class DownConv(VolumeConv):
     """3-D convolution that halves the sides of the maps and doubles their channels."""
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, 2 * dim, 3, stride=(1, 2, 2), padding=1, bias=False, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, H / 2, W / 2, 2 * C]`."""
-        return _convolve(self, x)
-
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
         return convolved(lambda rows: then(self(rows)), x, halo=2, scale=Fraction(1, 2), dim=2)
 
 
-class UpConv(nn.Conv3d):
+class UpConv(VolumeConv):
     """Linear enlargement of the maps to twice their sides, then a 3-D convolution to half the channels."""
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
@@ -98,7 +113,7 @@ class UpConv(nn.Conv3d):
         size = (x.shape[1], 2 * rows, 2 * columns)
         # On channels-last memory, that of volumes is three times as fast as that of maps.
         x = F.interpolate(x.permute(0, 4, 1, 2, 3), size, mode="trilinear", align_corners=True)
-        return _convolve(self, x.permute(0, 2, 3, 4, 1))
+        return super().forward(x.permute(0, 2, 3, 4, 1))
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
@@ -273,7 +288,7 @@ class HSDT(Restorer):
         self.head = block(SpectralSpatialConv, (2 if noise_map else 1, embed_dim), embed_dim)
         self.encoder = nn.ModuleList(encoder)
         self.decoder = nn.ModuleList(reversed(decoder))
-        self.tail = nn.Conv3d(embed_dim, 1, 3, padding=1, **dd)
+        self.tail = VolumeConv(embed_dim, 1, 3, padding=1, **dd)
         self.grad_checkpointing = False
         self.apply(_init_weights)
 
@@ -317,7 +332,7 @@ class HSDT(Restorer):
         y = self.forward_features(padded.permute(0, 2, 3, 4, 1).contiguous())
 
         def tail(y: Tensor, x: Tensor) -> Tensor:
-            return x + _convolve(self.tail, y)
+            return x + self.tail(y)
 
         y = convolved(tail, y, padded[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2)
         y = self.cropped(y.permute(0, 4, 1, 2, 3), x)
@@ -381,22 +396,6 @@ def _on_maps(function: Any, x: Tensor) -> Tensor:
     """A 2-D operation on every band of `[B, D, H, W, C]`; the permutations are views of its memory."""
     y = function(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return y.unflatten(0, x.shape[:2])
-
-
-def _convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """A 3x3x3 convolution of `[B, D, H, W, C]`.
-
-    Small single images would be unfolded on a CPU, 27 times their size: they run as maps with the channels of
-    three bands each.
-    """
-    # What is counted on the meta device may run on a CPU.
-    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta") or not _unfolds(x):
-        y = F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, padding=1)
-        return y.permute(0, 2, 3, 4, 1)
-    near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
-    three = torch.cat((near[:, :-2], x, near[:, 2:]), -1)
-    weight = conv.weight.transpose(1, 2).flatten(1, 2)
-    return _on_maps(lambda maps: F.conv2d(maps, weight, conv.bias, conv.stride[1:], padding=1), three)
 
 
 def _unfolds(x: Tensor) -> bool:
