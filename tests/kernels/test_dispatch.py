@@ -101,7 +101,7 @@ def test_an_impossible_choice_says_why(monkeypatch: pytest.MonkeyPatch):
         pytest.raises(ValueError, match="local_attention cannot run on triton: the tensors are on cpu"),
     ):
         window_attention(Q, K, V, 3)
-    toy = Operator("toy", lambda query: query, lambda query: query)
+    toy = Operator("toy", {"reference": lambda query: query, "torch": lambda query: query})
     with use_backend("triton"), pytest.raises(ValueError, match="toy cannot run on triton: it has no"):
         choose(toy, Q)
 
@@ -113,7 +113,7 @@ def test_choice_of_a_fused_implementation(monkeypatch: pytest.MonkeyPatch):
     def refuses(query, *args):
         return "head_dim is odd" if query.shape[-1] % 2 else None
 
-    operator = Operator("toy", plain, plain, triton=plain, triton_refuses=refuses)
+    operator = Operator("toy", dict.fromkeys(("reference", "torch", "triton"), plain), {"triton": refuses})
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("visionattn.kernels.dispatch.find_spec", lambda name: None)
     assert choose(operator, Q) == ("torch", "not triton: the tensors are on cpu")
@@ -127,4 +127,4 @@ def test_choice_of_a_fused_implementation(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_names_of_the_implementations():
-    assert BACKENDS == ("reference", "torch", "triton")
+    assert BACKENDS == ("reference", "torch", "cpu", "triton")

@@ -5,6 +5,7 @@ the environment variable `VISIONATTN_BACKEND` forces one.
 """
 
 from visionattn.kernels.dispatch import BACKENDS, Choice, explain, use_backend
+from visionattn.kernels.dense.op import dense_attention
 from visionattn.kernels.linear.op import agent_attention, linear_attention
 from visionattn.kernels.local.op import (
     grid_attention,
@@ -13,6 +14,7 @@ from visionattn.kernels.local.op import (
     window_attention,
 )
 from visionattn.kernels.merge import merge_attention
+from visionattn.kernels.product.op import product
 from visionattn.kernels.routed.op import routed_attention
 from visionattn.kernels.routed.selectors.selection import antidiagonal_regions, topk_regions
 
@@ -21,12 +23,14 @@ __all__ = [
     "Choice",
     "agent_attention",
     "antidiagonal_regions",
+    "dense_attention",
     "explain",
     "grid_attention",
     "linear_attention",
     "merge_attention",
     "neighborhood_attention",
     "overlapping_window_attention",
+    "product",
     "routed_attention",
     "topk_regions",
     "use_backend",

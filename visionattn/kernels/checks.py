@@ -8,8 +8,10 @@ from torch import Tensor
 MAX_HEAD_DIM = 256
 
 
-def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
-    """Check heads-last maps `[B, H, W, heads, d]` of one shape, dtype and device; returns (H, W).
+def check_maps(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """Check heads-last maps `[B, H, W, heads, d]`; returns the pixels of q, and those of k and v.
+
+    Maps of k and v have one size, which may be another than that of q; the rest is the same in all.
 
     Raises:
         ValueError: what does not fit, and what was given.
@@ -19,16 +21,34 @@ def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
             raise ValueError(
                 f"{name}: {letter} must be [B, H, W, heads, head_dim], got shape {tuple(t.shape)}"
             )
-        if t.shape != q.shape:
-            raise ValueError(f"{name}: {letter} has shape {tuple(t.shape)}, q has {tuple(q.shape)}")
+        if (t.shape[0], *t.shape[3:]) != (q.shape[0], *q.shape[3:]):
+            raise ValueError(
+                f"{name}: {letter} has shape {tuple(t.shape)}, q has {tuple(q.shape)}; batch, heads and "
+                "head_dim must be the same"
+            )
         if t.device != q.device or t.dtype != q.dtype:
             raise ValueError(f"{name}: {letter} is {t.dtype} on {t.device}, q is {q.dtype} on {q.device}")
-    if not all(q.shape[1:]):
-        raise ValueError(f"{name}: only the batch may be empty, got shape {tuple(q.shape)}")
+        if not all(t.shape[1:]):
+            raise ValueError(f"{name}: only the batch may be empty, got shape {tuple(t.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"{name}: v has shape {tuple(v.shape)}, k has {tuple(k.shape)}")
     if not torch.is_floating_point(q):
         raise ValueError(f"{name}: q, k and v must be of a floating-point dtype, got {q.dtype}")
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"{name}: head_dim {q.shape[-1]} is above {MAX_HEAD_DIM}")
+    return q.shape[1] * q.shape[2], k.shape[1] * k.shape[2]
+
+
+def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """Check heads-last maps `[B, H, W, heads, d]` of one shape, dtype and device; returns (H, W).
+
+    Raises:
+        ValueError: what does not fit, and what was given.
+    """
+    for letter, t in (("k", k), ("v", v)):
+        if t.dim() == q.dim() == 5 and t.shape != q.shape:
+            raise ValueError(f"{name}: {letter} has shape {tuple(t.shape)}, q has {tuple(q.shape)}")
+    check_maps(name, q, k, v)
     return q.shape[1], q.shape[2]
 
 
@@ -43,10 +63,21 @@ def check_bias(name: str, bias: Tensor, q: Tensor, table: tuple[int, ...], dense
             f"{name}: bias has shape {tuple(bias.shape)}; needed is a relative table {table} "
             f"or a dense bias {dense}"
         )
+    check_dense_bias(name, "bias", bias, tuple(bias.shape), q)
+
+
+def check_dense_bias(operator: str, name: str, bias: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    """Check that a bias, called `name` by the operator, has this shape and goes with the queries.
+
+    Raises:
+        ValueError: what does not fit, and what was given.
+    """
+    if tuple(bias.shape) != shape:
+        raise ValueError(f"{operator}: {name} has shape {tuple(bias.shape)}; needed is {shape}")
     if bias.device != q.device:
-        raise ValueError(f"{name}: bias is on {bias.device}, the queries are on {q.device}")
+        raise ValueError(f"{operator}: {name} is on {bias.device}, the queries are on {q.device}")
     if not torch.is_floating_point(bias):
-        raise ValueError(f"{name}: bias must be of a floating-point dtype, got {bias.dtype}")
+        raise ValueError(f"{operator}: {name} must be of a floating-point dtype, got {bias.dtype}")
 
 
 def pair(name: str, value: int | tuple[int, int], minimum: int = 1) -> tuple[int, int]:

@@ -12,7 +12,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A `with` block in which operations on the device of `x` keep the dtypes of their inputs."""
     kind = x.device.type
     # Exported programs would hold the block as a program of its own, which takes no size that may vary.
-    is_enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Dynamo of PyTorch 2.6 cannot ask whether a kind of device knows autocast.
+    is_known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    is_enabled = is_known and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if is_enabled else nullcontext()
 
 

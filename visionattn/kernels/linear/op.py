@@ -6,34 +6,24 @@ place of a pixel matters through a bias only, so a sequence of tokens is a map o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from visionattn.kernels.checks import check_qkv
-from visionattn.kernels.dispatch import Operator
-from visionattn.kernels.linear import library, reference
-from visionattn.kernels.linear.plain import attention as pytorch
+from visionattn.kernels.checks import check_dense_bias, check_qkv
+from visionattn.kernels.dense.library import DENSE_ATTENTION
+from visionattn.kernels.linear.library import LINEAR_ATTENTION
+from visionattn.kernels.operator import leaf
 
 Normalize = Literal["sum", "injective", "none"]
+_NORMALIZATIONS = get_args(Normalize)
 
-LINEAR_ATTENTION = Operator(
-    "linear_attention",
-    reference.linear_attention,
-    pytorch.linear_attention,
-    library.linear_attention,
-    library.refuses,
-)
-AGENT_ATTENTION = Operator(
-    "agent_attention",
-    reference.agent_attention,
-    pytorch.agent_attention,
-    library.agent_attention,
-    library.refuses_agents,
-)
+# The same operator under another name, so that errors and `explain` call it as the caller does.
+AGENT_ATTENTION = replace(DENSE_ATTENTION, name="agent_attention")
 
 
+@leaf
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -74,10 +64,8 @@ def linear_attention(
         ValueError: shapes, devices or dtypes do not fit, or an unknown normalisation.
     """
     check_qkv("linear_attention", q, k, v)
-    if normalize not in get_args(Normalize):
-        raise ValueError(
-            f"normalize={normalize!r} is unknown; choose one of {', '.join(get_args(Normalize))}"
-        )
+    if normalize not in _NORMALIZATIONS:
+        raise ValueError(f"normalize={normalize!r} is unknown; choose one of {', '.join(_NORMALIZATIONS)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # A number in the signature would be an input of a program compiled for all sizes: no operator takes such
     # an input, and the program would be made twice.
@@ -86,6 +74,7 @@ def linear_attention(
     return LINEAR_ATTENTION(q, k, v, normalize, scale, eps, floor).contiguous()
 
 
+@leaf
 def agent_attention(
     q: Tensor,
     agents: Tensor,
@@ -98,7 +87,7 @@ def agent_attention(
 ) -> Tensor:
     """Softmax attention through a few agents (https://arxiv.org/abs/2312.08874); O(H W n d) per head.
 
-    `V_A = softmax(scale A Kᵀ + bias_in) V`, then `softmax(scale Q Aᵀ + bias_out) V_A`.
+    `V_A = softmax(scale A Kᵀ + bias_in) V`, then `softmax(scale Q Aᵀ + bias_out) V_A`: dense attention twice.
 
     Args:
         q: queries `[B, H, W, heads, d]`.
@@ -128,18 +117,12 @@ def agent_attention(
             f"agent_attention: agents is {agents.dtype} on {agents.device}, q is {q.dtype} on {q.device}"
         )
     count = agents.shape[1] * agents.shape[2]
-    _check_bias("bias_in", bias_in, (heads, count, height * width), q)
-    _check_bias("bias_out", bias_out, (heads, height * width, count), q)
+    for name, bias, shape in (
+        ("bias_in", bias_in, (heads, count, height * width)),
+        ("bias_out", bias_out, (heads, height * width, count)),
+    ):
+        if bias is not None:
+            check_dense_bias("agent_attention", name, bias, shape, q)
     scale = head_dim**-0.5 if scale is None else scale
-    return AGENT_ATTENTION(q, agents, k, v, bias_in, bias_out, scale).contiguous()
-
-
-def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, int, int], q: Tensor) -> None:
-    if bias is None:
-        return
-    if tuple(bias.shape) != shape:
-        raise ValueError(f"agent_attention: {name} has shape {tuple(bias.shape)}; needed is {shape}")
-    if bias.device != q.device:
-        raise ValueError(f"agent_attention: {name} is on {bias.device}, the queries are on {q.device}")
-    if not torch.is_floating_point(bias):
-        raise ValueError(f"agent_attention: {name} must be of a floating-point dtype, got {bias.dtype}")
+    gathered, _ = AGENT_ATTENTION(agents, k, v, bias_in, scale, False)
+    return AGENT_ATTENTION(q, agents, gathered, bias_out, scale, False)[0].contiguous()

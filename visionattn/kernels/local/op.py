@@ -31,7 +31,9 @@ from visionattn.kernels.local.pattern import (
 )
 
 LOCAL_ATTENTION = Operator(
-    "local_attention", reference.local_attention, torch_attention, fused_attention, refuses
+    "local_attention",
+    {"reference": reference.local_attention, "torch": torch_attention, "triton": fused_attention},
+    {"triton": refuses},
 )
 
 

@@ -14,10 +14,12 @@ from visionattn.kernels.routed.plain import attention as pytorch
 
 ROUTED_ATTENTION = Operator(
     "routed_attention",
-    reference.routed_attention,
-    pytorch.routed_attention,
-    library.routed_attention,
-    library.refuses,
+    {
+        "reference": reference.routed_attention,
+        "torch": pytorch.routed_attention,
+        "triton": library.routed_attention,
+    },
+    {"triton": library.refuses},
 )
 
 

@@ -15,7 +15,8 @@ from timm.layers import ClassifierHead, DropPath, trunc_normal_
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from visionattn.layers.linear import Mlp, add_pixelwise, linear
+from visionattn.kernels import product
+from visionattn.layers.linear import Mlp, add_pixelwise
 from visionattn.layers.maps import on_nhwc
 from visionattn.models.frames.backbone import Backbone, CheckpointedStage
 from visionattn.models.frames.common import check_size
@@ -164,7 +165,7 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return on_nhwc(conv, x)
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     patches = x.unfold(1, height, step_y).unfold(2, width, step_x).flatten(3)
-    return linear(patches, conv.weight.flatten(1), conv.bias)
+    return product(patches, conv.weight.flatten(1), conv.bias)
 
 
 def init_linear(module: nn.Module) -> None:

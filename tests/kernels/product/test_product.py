@@ -12,10 +12,11 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn.layers import linear as module
-from visionattn.layers.linear import Linear, Mlp, linear
+from visionattn.kernels import explain, product, use_backend
+from visionattn.kernels.product import library
+from visionattn.layers.linear import Linear, Mlp
 
-needs_onednn = pytest.mark.skipif(module._ONEDNN is None, reason="PyTorch without oneDNN on x86")
+needs_onednn = pytest.mark.skipif(library._ONEDNN is None, reason="PyTorch without oneDNN on x86")
 
 
 class Operators(TorchDispatchMode):
@@ -58,7 +59,7 @@ def test_views_of_inputs_and_weights():
     torch.manual_seed(0)
     x, weight = torch.randn(9, 6, 48)[:, ::2, 24:].transpose(0, 1), torch.randn(48, 40).t()[8:, 24:]
     with torch.no_grad():
-        torch.testing.assert_close(linear(x, weight, None), F.linear(x, weight))
+        torch.testing.assert_close(product(x, weight, None), F.linear(x, weight))
 
 
 @needs_onednn
@@ -109,13 +110,13 @@ def test_backward_passes_use_onednn():
 
 @needs_onednn
 def test_onednn_gets_matrices_and_transposed_matrices(monkeypatch: pytest.MonkeyPatch):
-    operator, weights = module._ONEDNN, []
+    operator, weights = library._ONEDNN, []
 
     def recorded(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         weights.append(weight)
         return operator(x, weight, *args)
 
-    monkeypatch.setattr(module, "_ONEDNN", recorded)
+    monkeypatch.setattr(library, "_ONEDNN", recorded)
     layer, x = Linear(24, 40), torch.randn(6, 48)[:, 24:]
     layer(x).sum().backward()
     assert len(weights) == 2
@@ -175,49 +176,65 @@ def test_operations_are_counted():
     assert counter.get_total_flops() == 2 * 70 * 24 * 40
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
-def test_mlp(mode):
-    torch.manual_seed(0)
-    mlp: Any = Mlp(8, 20)
-    x = torch.randn(3, 8)
-    hidden = F.gelu(F.linear(x, mlp.fc1.weight, mlp.fc1.bias))
-    expected = F.linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
-    with mode():
-        torch.testing.assert_close(mlp(x), expected)
-        seen: list[Tensor] = []
-        mlp.act.register_forward_hook(lambda module, args, out: seen.extend([*args, out]))
-        torch.testing.assert_close(mlp(x), expected)
-    torch.testing.assert_close(seen, [F.linear(x, mlp.fc1.weight, mlp.fc1.bias), hidden])
-    mlp.act = nn.GELU("tanh")
-    with mode():
-        torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh")))
-    mlp.act, mlp.fc1 = nn.ReLU(), nn.Linear(8, 20)
-    with mode():
-        torch.testing.assert_close(mlp(x), mlp.fc2(mlp.fc1(x).relu()))
+IMPLEMENTATIONS = [
+    ("reference", torch.float64),
+    ("torch", torch.float64),
+    ("torch", torch.float32),
+    pytest.param("cpu", torch.float32, marks=needs_onednn),
+]
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (7, 4)])
-def test_large_maps_pass_pixelwise_branches_in_pieces(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_implementation_gives_the_numbers_of_pytorch(
+    backend: str, dtype: torch.dtype, gelu: bool, bias: bool
 ):
-    sizes = []
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((3, 5, 24), (40, 24), (40,))]
+    leaves = leaves if bias else leaves[:2]
+    expected = F.linear(*leaves)
+    expected = F.gelu(expected) if gelu else expected
+    with use_backend(backend):
+        out = product(*leaves, gelu=gelu)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            torch.testing.assert_close(product(*leaves, gelu=gelu), expected.detach())
+    torch.testing.assert_close(out, expected)
+    expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
+    torch.testing.assert_close(grads, expected_grads, atol=1e-4, rtol=1e-5)
+    assert counter.get_total_flops() == 2 * 15 * 24 * 40
 
-    def branch(x: Tensor) -> Tensor:
-        sizes.append(x[..., 0].numel())
-        return x.square()
 
-    x = torch.randn(shape)
-    pixels, expected = x[..., 0].numel(), x + x.square()
-    assert torch.equal(module.add_pixelwise(x.clone(), branch, 8, training=False), expected)
-    monkeypatch.setattr(module, "_IN_CACHE", 0)
-    monkeypatch.setattr(module, "_PIECE", 3)
-    assert torch.equal(module.add_pixelwise(x.clone(), branch, 8, training=False), expected)
-    with torch.no_grad():
-        assert torch.equal(module.add_pixelwise(x.clone(), branch, 8, training=True), expected)
-        assert sizes == [pixels] * 3
-        strided = x.clone().transpose(0, -2)
-        assert torch.equal(
-            module.add_pixelwise(strided, branch, 8, training=False), expected.transpose(0, -2)
-        )
-    assert sum(sizes) == 4 * pixels
-    assert max(sizes[3:]) <= 3 * torch.get_num_threads()
+def test_training_counts_three_products():
+    layer, x = layer_and_input()
+    for backend in ("reference", "torch", None):
+        with use_backend(backend) if backend else torch.enable_grad():
+            with FlopCounterMode(display=False) as counter:
+                layer(x.requires_grad_()).sum().backward()
+        assert counter.get_total_flops() == 3 * 2 * 70 * 24 * 40
+
+
+@needs_onednn
+def test_the_choice_is_explained_and_can_be_forced():
+    layer, x = layer_and_input()
+    arguments = (x, layer.weight, layer.bias)
+    assert str(explain(product, *arguments)) == "product: cpu (kernel for CPUs available)"
+    assert "float64" in explain(product, *(t.double() for t in arguments)).reason
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert explain(product, *arguments).backend == "torch"
+    for backend in ("reference", "torch"):
+        with use_backend(backend):
+            assert not uses_onednn(layer, x)
+    with use_backend("cpu"):
+        assert uses_onednn(layer, x)
+        with pytest.raises(ValueError, match="product cannot run on cpu: oneDNN is asked in float32 only"):
+            layer.double()(x.double())
+
+
+def test_networks_run_under_fused_kernels_with_the_products_of_pytorch():
+    layer, x = layer_and_input()
+    with use_backend("triton"):
+        choice = explain(product, x, layer.weight, layer.bias)
+        assert (choice.backend, choice.reason) == ("torch", "forced triton, for which it stands in")
+        assert not uses_onednn(Mlp(24, 40), x)

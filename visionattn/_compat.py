@@ -1,0 +1,42 @@
+"""Everything private of PyTorch that the package touches: one small function each, and where it was tried."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils import flop_counter
+
+
+def is_counting_flops() -> bool:
+    """Whether a `FlopCounterMode` is active in this thread (torch 2.6 to 2.15)."""
+    modes = range(torch._C._len_torch_dispatch_stack())
+    return any(isinstance(torch._C._get_dispatch_stack_at(i), flop_counter._FlopCounterMode) for i in modes)
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces; False in torch 2.6, which cannot tell (torch 2.6 to 2.15)."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+def is_functorch_active() -> bool:
+    """Whether a call runs under `torch.vmap` or a transform of `torch.func` (torch 2.6 to 2.15)."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_forward_mode_active() -> bool:
+    """Whether tensors may carry forward-mode derivatives (torch 2.6 to 2.15)."""
+    return forward_ad._current_level >= 0
+
+
+def onednn_linear() -> Any:
+    """oneDNN's linear operator `(x, weight, bias, "none" | "gelu", [], "none")`, which compiled programs use.
+
+    None on other machines than x86, and where PyTorch was built without oneDNN (torch 2.6 to 2.15).
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return None
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return operator and operator.default

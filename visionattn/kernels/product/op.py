@@ -1,0 +1,31 @@
+"""The public product of features and a weight matrix."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from visionattn.kernels.operator import leaf
+from visionattn.kernels.product.library import PRODUCT
+
+
+@leaf
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """`torch.nn.functional.linear` by the faster library: oneDNN in float32 on an x86 CPU, else PyTorch's.
+
+    Compiled and exported programs, autocast, forward-mode derivatives, `vmap` and other dtypes have
+    PyTorch's. So has a forced backend `"triton"`: there is no kernel of ours to compare with the vendors'.
+
+    Args:
+        x: `[..., in]`.
+        weight: `[out, in]`.
+        bias: `[out]`.
+        gelu: whether an exact GELU follows.
+
+    Returns:
+        `[..., out]`.
+
+    Raises:
+        ValueError: `use_backend("cpu")` where oneDNN cannot be used, with the reason.
+        RuntimeError: PyTorch's own, for shapes that do not fit.
+    """
+    return PRODUCT(x, weight, bias, gelu)
