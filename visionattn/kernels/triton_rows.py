@@ -1,9 +1,11 @@
-"""What all fused attention kernels share: reading and writing the vectors of a head, and base-2 exponentials.
+"""Parts of all fused attention kernels: reading and writing the vectors of a head, and base-2 exponentials.
 
 Imported only when a kernel runs.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,6 +14,15 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Strides(NamedTuple):
+    """Of maps `[B, H, W, heads, d]`, in numbers; those of the rows and columns are of pixels."""
+
+    b: int
+    y: int
+    x: int
+    h: int
 
 
 @triton.jit
