@@ -79,7 +79,7 @@ def accelerate(model: nn.Module, device: torch.device | str | None = None) -> Ac
     swapped block no longer run. Where attention dropout is on, timm's formulation runs in training.
 
     On the CPU only what was measured to be faster there is swapped, and the linear layers as well, of any
-    network: `visionattn.layers.linear` says how.
+    network, whose product is then `visionattn.kernels.product`.
 
     Args:
         model: from `timm.create_model`, or any module with such a network inside.
