@@ -1,4 +1,4 @@
-"""Everything private of PyTorch that the package touches: one small function each, and where it was tried."""
+"""Private parts of PyTorch and timm that the package needs: one small function each, and where tried."""
 
 from __future__ import annotations
 
@@ -40,3 +40,24 @@ def onednn_linear() -> Any:
         return None
     operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return operator and operator.default
+
+
+def feature_take_indices(count: int, indices: Any) -> tuple[list[int], int]:
+    """Which of `count` features timm's `indices` mean, and the last of them (timm 1.0.27 to 1.0.31)."""
+    from timm.models._features import feature_take_indices
+
+    return feature_take_indices(count, indices)
+
+
+def inside_feature_getter(network: Any) -> tuple[Any, bool]:
+    """The network in what `features_only=True` makes of it, and whether it is one (timm 1.0.27 to 1.0.31)."""
+    from timm.models._features import FeatureGetterNet
+
+    return (network.model, True) if isinstance(network, FeatureGetterNet) else (network, False)
+
+
+def save_timm_config(network: Any, path: str, arguments: dict[str, Any]) -> None:
+    """Write timm's configuration of a network as JSON (timm 1.0.27 to 1.0.31)."""
+    from timm.models._hub import save_config_for_hf
+
+    save_config_for_hf(network, path, model_args=arguments)

@@ -120,8 +120,8 @@ def test_index_buffers_are_dropped():
 def test_conversion_leaves_our_names_alone(family: Any, build: Any):
     net = build()
     own = net.state_dict()
-    once = family.checkpoint_filter_fn(own, net)
-    twice = family.checkpoint_filter_fn(once, net)
+    once = family.LAYOUT.checkpoint_filter_fn(own, net)
+    twice = family.LAYOUT.checkpoint_filter_fn(once, net)
     for converted in (once, twice):
         assert list(converted) == list(own)
         assert all(torch.equal(converted[name], own[name]) for name in own)

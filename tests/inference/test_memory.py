@@ -91,6 +91,8 @@ def test_threads_with_budgets_of_their_own_and_without_use_one_network():
     with torch.no_grad():
         whole = net(image)
     least, ready = smallest_budget(net, image), threading.Barrier(3)
+    with use_backend("reference"):
+        more = 4 * smallest_budget(net, image)
     heights: dict[str, set[int]] = {"low": set(), "high": set(), "none": set()}
     here = threading.local()
 
@@ -109,7 +111,7 @@ def test_threads_with_budgets_of_their_own_and_without_use_one_network():
     with ThreadPoolExecutor(3) as pool:
         results = [
             pool.submit(repeat, "low", "torch", lambda: run_within(net, image, least)),
-            pool.submit(repeat, "high", "reference", lambda: run_within(net, image, 4 * least)),
+            pool.submit(repeat, "high", "reference", lambda: run_within(net, image, more)),
             pool.submit(repeat, "none", "torch", lambda: net(image)),
         ]
         outputs = [result.result() for result in results]

@@ -21,6 +21,7 @@ from visionattn.integrations.export_table import (
     try_exports,
     write_table,
 )
+from visionattn.models.registry.variants import ENTRIES
 
 SMALL: dict[str, Any] = {"embed_dim": 8, "depths": (1,)}
 # Tracing the others takes ten seconds and more, a minute with sizes that vary.
@@ -173,8 +174,8 @@ def test_networks_are_shortened_and_keep_their_parts():
 
 
 def test_every_class_has_a_row():
-    rows = {timm.model_entrypoint(name)(describe=True).model_cls for name in NETWORKS}
-    assert rows == {timm.model_entrypoint(name)(describe=True).model_cls for name in families.ALL}
+    rows = {ENTRIES[name].layout.model_cls for name in NETWORKS}
+    assert rows == {ENTRIES[name].layout.model_cls for name in families.ALL}
 
 
 def test_the_table(tmp_path: Path):

@@ -11,12 +11,12 @@ from timm.models import list_models
 from torch import Tensor
 
 import visionattn
+from visionattn.layers.overlapping_patches import _overlapping_patches
 from visionattn.models.catanet import (
+    LAYOUT,
     CATANet,
     LocalAttention,
     TokenAggregation,
-    _overlapping_patches,
-    checkpoint_filter_fn,
 )
 
 SMALL: dict[str, Any] = {"patch_sizes": (8, 12), "num_centres": (5, 9), "group_sizes": (32, 20)}
@@ -261,8 +261,8 @@ def test_checkpoint_round_trip_and_official_files_without_the_note(tmp_path: Pat
         assert torch.equal(other(image(1, 3, 20, 17)), net(image(1, 3, 20, 17)))
 
     bare = {name: value for name, value in net.state_dict().items() if not name.endswith("initialised")}
-    converted = checkpoint_filter_fn({"params": bare}, net)
+    converted = LAYOUT.checkpoint_filter_fn({"params": bare}, net)
     assert converted.keys() == net.state_dict().keys()
     assert all(converted[f"blocks.{i}.initialised"] for i in range(2))
     official = {"blocks.0.0.means": net.blocks[0].centres, "blocks.0.0.initted": torch.tensor(False)}
-    assert not checkpoint_filter_fn(official, net)["blocks.0.initialised"]
+    assert not LAYOUT.checkpoint_filter_fn(official, net)["blocks.0.initialised"]

@@ -10,7 +10,7 @@ from timm.models import list_models
 from torch import nn
 
 import visionattn
-from visionattn.models.craft import CRAFT, ChannelAttention, WindowBlock, checkpoint_filter_fn
+from visionattn.models.craft import CRAFT, LAYOUT, ChannelAttention, WindowBlock
 
 
 def small(**kwargs: object) -> CRAFT:
@@ -112,4 +112,4 @@ def test_checkpoint_round_trip_and_bare_official_wrapper(tmp_path: Path):
     with torch.no_grad():
         torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)
     for wrapper in ("params", "params_ema"):
-        assert checkpoint_filter_fn({wrapper: net.state_dict()}, net).keys() == net.state_dict().keys()
+        assert LAYOUT.checkpoint_filter_fn({wrapper: net.state_dict()}, net).keys() == net.state_dict().keys()

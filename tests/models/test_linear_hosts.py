@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.layers import AgentAttention2d, InLineAttention2d, WindowAttention2d, linear
-from visionattn.models.frames import pyramid as _pyramid
-from visionattn.models.hosts.hosts import StripeAttention
+from visionattn.models.frames import common
+from visionattn.models.hosts.cswin import StripeAttention
 
 DEIT: dict[str, Any] = {"embed_dim": 48, "num_heads": 2, "depth": 3}
 PVT: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}
@@ -246,7 +246,7 @@ def test_inference_in_pieces_gives_the_same(name, monkeypatch):
     expected = net(image).detach()
     monkeypatch.setattr(linear, "_IN_CACHE", 0)
     monkeypatch.setattr(linear, "_PIECE", 7)
-    monkeypatch.setattr(_pyramid, "_WEIGHTS_PER_NUMBER", 0)
+    monkeypatch.setattr(common, "_WEIGHTS_PER_NUMBER", 0)
     with torch.inference_mode():
         torch.testing.assert_close(net(image), expected)
         features = net.forward_intermediates(image, intermediates_only=True)

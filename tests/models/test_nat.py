@@ -8,7 +8,7 @@ import torch
 
 import visionattn
 from visionattn.layers import NeighborhoodAttention2d
-from visionattn.models.nat import NAT, TASK_DILATIONS, checkpoint_filter_fn
+from visionattn.models.nat import LAYOUT, NAT, TASK_DILATIONS
 
 PARAMETERS = {
     "nat_mini": 19_984_174,
@@ -112,7 +112,7 @@ def test_official_names_of_the_isotropic_baseline() -> None:
         "patch_embed.norm.weight": torch.ones(384),
         "head.bias": torch.zeros(1000),
     }
-    ours = checkpoint_filter_fn(official, model)
+    ours = LAYOUT.checkpoint_filter_fn(official, model)
     assert set(ours) == {"stages.0.blocks.3.attn.rpb", "stem.norm.weight", "head.fc.bias"}
     assert all(model.state_dict()[name].shape == value.shape for name, value in ours.items())
 

@@ -10,7 +10,9 @@ from timm.models import list_models
 from torch import nn
 
 import visionattn
-from visionattn.models.rgt import RGT, RecursiveGeneralizationAttention, _reductions, checkpoint_filter_fn
+from visionattn.models.rgt import LAYOUT, RGT, RecursiveGeneralizationAttention
+
+reductions = RecursiveGeneralizationAttention.reductions
 
 
 def small(**kwargs: object) -> RGT:
@@ -44,14 +46,14 @@ def test_recursion_depth_is_the_official_one_where_that_exists():
         evaluation = max(int(math.log(side // 16, 4)), 2)
         training = int(math.log(side // 4, 4))
         # Powers of 4 whose floating-point logarithm falls short would show here.
-        assert _reductions(side, side, training=False) == evaluation
-        assert _reductions(side, 16 * side, training=True) == _reductions(16 * side, side, training=True)
-        assert _reductions(side, side, training=True) == training
+        assert reductions(side, side, training=False) == evaluation
+        assert reductions(side, 16 * side, training=True) == reductions(16 * side, side, training=True)
+        assert reductions(side, side, training=True) == training
 
 
 def test_recursion_leaves_a_pixel_of_the_shorter_side():
-    assert _reductions(1024, 64, training=False) == 3
-    assert _reductions(1024, 63, training=False) == 2
+    assert reductions(1024, 64, training=False) == 3
+    assert reductions(1024, 63, training=False) == 2
     layer = RecursiveGeneralizationAttention(12, 2).eval()
     x = torch.rand(1, 1024, 17, 12)
     assert layer.add_to(x, nn.Identity(), nn.Identity()).isfinite().all()
@@ -62,7 +64,7 @@ def test_recursive_attention_agrees_with_the_authors_code(size: tuple[int, int])
     theirs = RG_SA(12, 2, qkv_bias=True).double().eval()
     ours = RecursiveGeneralizationAttention(12, 2).double().eval()
     official = {f"x.attn.{name}": value for name, value in theirs.state_dict().items()}
-    converted = checkpoint_filter_fn(official, small())
+    converted = LAYOUT.checkpoint_filter_fn(official, small())
     ours.load_state_dict({name.removeprefix("x.attn."): value for name, value in converted.items()})
     x = torch.randn(1, *size, 12).double()
     with torch.no_grad():
@@ -105,7 +107,7 @@ def test_checkpoint_round_trip_and_bare_official_wrapper(tmp_path):
     x = torch.rand(1, 3, 20, 17)
     with torch.no_grad():
         torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)
-    assert checkpoint_filter_fn({"params": net.state_dict()}, net).keys() == net.state_dict().keys()
+    assert LAYOUT.checkpoint_filter_fn({"params": net.state_dict()}, net).keys() == net.state_dict().keys()
 
 
 def test_gray_images():

@@ -12,10 +12,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.models._features import FeatureGetterNet
-from timm.models._hub import save_config_for_hf, save_for_hf
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from visionattn._compat import inside_feature_getter, save_timm_config
 from visionattn.checkpoints.identify import Identity, backbone_of, identify, layout_of
 from visionattn.checkpoints.loading import load_checkpoint, save_checkpoint, write_weights
 from visionattn.checkpoints.reading import CheckpointError, read_checkpoint
@@ -65,7 +65,7 @@ def convert_checkpoint(
         raise CheckpointError(f"cannot build {identity.name} with {identity.arguments}: {reason}") from error
     weights = backbone_of(content)
     load_checkpoint(wrapped, weights)
-    network: Any = wrapped.model if isinstance(wrapped, FeatureGetterNet) else wrapped
+    network, _ = inside_feature_getter(wrapped)
     types = {value.dtype for value in weights.values() if value.is_floating_point()}
     network.to(types.pop()) if len(types) == 1 else None
     if official:
@@ -127,7 +127,7 @@ def _metadata(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, str
     """timm's configuration of a network as the texts that a safetensors file can hold."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        save_config_for_hf(network, str(file), model_args=dict(arguments))
+        save_timm_config(network, str(file), dict(arguments))
         config = json.loads(file.read_text())
     kept = {name: config[name] for name in _KEPT if name in config}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in kept.items()}

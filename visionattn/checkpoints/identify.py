@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-import visionattn.models
-from visionattn.checkpoints.loading import LoadReport, compare, convert, load_checkpoint
+from visionattn._compat import inside_feature_getter
+from visionattn.checkpoints import loading
+from visionattn.checkpoints.loading import LoadReport, compare, load_checkpoint
 from visionattn.checkpoints.reading import (
     CheckpointError,
     few,
@@ -25,7 +24,9 @@ from visionattn.checkpoints.reading import (
     read_metadata,
     unwrap_with_path,
 )
-from visionattn.models.registry.layout import Layout, Shapes, Variant
+from visionattn.models.registry import variants
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import ENTRIES, Entry, Layout
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 # Of a detector's or segmenter's weights, those of its backbone.
@@ -111,34 +112,29 @@ def backbone_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def layout_of(network: nn.Module) -> Layout:
-    """The layouts of the weights of a network of the zoo.
+    """The layout of the weights of a network of the zoo.
 
     Raises:
         CheckpointError: a network of another library.
     """
-    name = getattr(network, "pretrained_cfg", {}).get("architecture")
-    for layout in _modules():
-        if type(network) is layout.model_cls and name in [variant.name for variant in _variants(layout)]:
-            return layout
-    raise CheckpointError(f"{type(network).__name__} is no network of visionattn.models")
+    layout = variants.layout_of(network)
+    if layout is None:
+        raise CheckpointError(f"{type(network).__name__} is no network of visionattn.models")
+    return layout
 
 
 def _identify(content: Mapping[str, Any], file: Path | None, metadata: Mapping[str, str]) -> Identity:
     everything, wrapper = unwrap_with_path(content)
     weights = {name: value.to("meta") for name, value in backbone_of(content).items()}
     refused: list[tuple[int, str]] = []
-    for layout in _modules():
-        told = _told(layout, weights)
-        if told is None:
+    for layout in _layouts():
+        if not layout.has_marks(map(layout.rename, weights)):
             continue
-        ours, arguments = told
-        identity = _choose(layout, arguments, file.stem if file else "", metadata)
-        report = _fit(identity, weights)
-        if report and not arguments.get("num_classes", 1):
-            # Backbones of the authors' detectors have neither a classifier nor the norm before it.
-            rest = {name: value for name, value in identity.arguments.items() if name != "num_classes"}
-            dense = replace(identity, arguments={**rest, "features_only": True})
-            identity, report = (identity, report) if (worse := _fit(dense, weights)) else (dense, worse)
+        try:
+            identity, report, ours = _recognise(layout, weights, file.stem if file else "", metadata)
+        except CheckpointError as error:
+            refused.append((len(str(error)), str(error)))
+            continue
         if report:
             refused.append((len(str(report)), f"it resembles {identity.name}, but {report}"))
             continue
@@ -152,17 +148,29 @@ def _identify(content: Mapping[str, Any], file: Path | None, metadata: Mapping[s
     raise CheckpointError(f"{file or 'the checkpoint'} belongs to no network of this library: {reason}")
 
 
-def _told(layout: Layout, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The weights in our layout and what they tell of the arguments; None if they are of another class."""
-    try:
-        ours = layout.to_ours(weights)
-        shapes = Shapes(ours)
-        if not all(shapes.first(mark) for mark in layout.marks):
-            return None
-        return ours, layout.arguments(shapes, Shapes(weights))
-    except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError):
-        # Names of one family with shapes of none.
-        return None
+def _recognise(
+    layout: Layout, weights: Mapping[str, Tensor], file: str, metadata: Mapping[str, str]
+) -> tuple[Identity, LoadReport | str, dict[str, Tensor]]:
+    """The nearest network of a class, what does not fit it, and the weights in our layout.
+
+    Raises:
+        CheckpointError: weights that have the marks of the class and are of no network of it.
+    """
+    ours = loading.to_ours(layout, weights)
+    shapes = Shapes(ours)
+    if lacking := shapes.lacking(layout.reads):
+        raise CheckpointError(f"it resembles the family {layout.family}, but {lacking}")
+    arguments = layout.arguments(shapes, Shapes(weights))
+    if arguments is None:
+        raise CheckpointError(f"it resembles the family {layout.family}, but has shapes of none of it")
+    identity = _choose(layout, arguments, file, metadata)
+    report = _fit(identity, layout, ours)
+    if report and not arguments.get("num_classes", 1):
+        # Backbones of the authors' detectors have neither a classifier nor the norm before it.
+        rest = {name: value for name, value in identity.arguments.items() if name != "num_classes"}
+        dense = replace(identity, arguments={**rest, "features_only": True})
+        identity, report = (identity, report) if (worse := _fit(dense, layout, ours)) else (dense, worse)
+    return identity, report, ours
 
 
 def _choose(layout: Layout, told: dict[str, Any], file: str, metadata: Mapping[str, str]) -> Identity:
@@ -170,7 +178,7 @@ def _choose(layout: Layout, told: dict[str, Any], file: str, metadata: Mapping[s
     told = {**told, **_stated(layout, metadata)}
     differing = {
         variant: {n: v for n, v in told.items() if _plain(variant.arguments.get(n)) != _plain(v)}
-        for variant in _variants(layout)
+        for variant in _entries(layout)
     }
     nearest = min(map(len, differing.values()))
     near = [variant for variant, arguments in differing.items() if len(arguments) == nearest]
@@ -208,7 +216,7 @@ def _stated(layout: Layout, metadata: Mapping[str, str]) -> dict[str, Any]:
     return {name: _plain(value) for name, value in arguments.items() if name in layout.unlearned}
 
 
-def _named(near: list[Variant], file: str, metadata: Mapping[str, str]) -> tuple[Variant | None, str]:
+def _named(near: list[Entry], file: str, metadata: Mapping[str, str]) -> tuple[Entry | None, str]:
     """The variant that the metadata or the file's name means, the longest name if several fit; and which."""
     for variant in near:
         if variant.name == metadata.get("architecture"):
@@ -218,7 +226,7 @@ def _named(near: list[Variant], file: str, metadata: Mapping[str, str]) -> tuple
     return (best[1], "the name of the file") if best else (None, "")
 
 
-def _file_names(variant: Variant) -> Iterator[str]:
+def _file_names(variant: Entry) -> Iterator[str]:
     """The registered name, and the names of the published files."""
     yield variant.name
     for tag in timm.list_pretrained(f"{variant.name}.*"):
@@ -231,12 +239,12 @@ def _word(name: str, text: str) -> bool:
     return re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}(?![a-z0-9])", text.lower()) is not None
 
 
-def _settings(variant: Variant, told: dict[str, Any]) -> dict[str, Any]:
+def _settings(variant: Entry, told: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the network, what the weights tell in place of this variant's."""
     return {name: _plain(value) for name, value in {**variant.arguments, **told}.items()}
 
 
-def _difference(variant: Variant, chosen: Variant, told: dict[str, Any]) -> str:
+def _difference(variant: Entry, chosen: Entry, told: dict[str, Any]) -> str:
     theirs, ours = _settings(variant, told), _settings(chosen, told)
     return ", ".join(f"{n}={v!r} (not {ours.get(n)!r})" for n, v in theirs.items() if v != ours.get(n))
 
@@ -246,28 +254,24 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _fit(identity: Identity, weights: Mapping[str, Tensor]) -> LoadReport | str:
-    """What does not fit the network; the reason why there is none."""
+def _fit(identity: Identity, layout: Layout, ours: dict[str, Tensor]) -> LoadReport | str:
+    """What of weights in our layout does not fit the network; the reason why there is none."""
     try:
         network = timm.create_model(identity.name, **identity.arguments, device="meta")
-        features_only = isinstance(network, FeatureGetterNet)
-        network = network.model if features_only else network
-        return compare(network, convert(weights, network), features_only)
     except (TypeError, ValueError, RuntimeError) as error:
         return str(error).split("\n")[0]
+    network, features_only = inside_feature_getter(network)
+    return compare(network, loading.fit(layout, ours, network), features_only)
 
 
 @lru_cache
-def _modules() -> dict[Layout, str]:
-    """The layouts of all families, each with the module that registers its networks."""
-    names = dict.fromkeys(timm.model_entrypoint(name).__module__ for name in timm.list_models())
-    modules = [sys.modules[name] for name in names if name.startswith(visionattn.models.__name__)]
-    return {layout: module.__name__ for module in modules for layout in module.LAYOUTS}
+def _layouts() -> tuple[Layout, ...]:
+    """The layouts of all classes."""
+    return tuple(dict.fromkeys(entry.layout for entry in ENTRIES.values()))
 
 
 @lru_cache
-def _variants(layout: Layout) -> tuple[Variant, ...]:
-    """The registered networks of a layout's class and family, the plainest names first."""
-    names = [n for n in timm.list_models() if timm.model_entrypoint(n).__module__ == _modules()[layout]]
-    found = [timm.model_entrypoint(name)(describe=True) for name in sorted(names, key=lambda n: (len(n), n))]
-    return tuple(variant for variant in found if variant.model_cls is layout.model_cls)
+def _entries(layout: Layout) -> tuple[Entry, ...]:
+    """The registered networks of a layout, the plainest names first."""
+    found = [entry for entry in ENTRIES.values() if entry.layout is layout]
+    return tuple(sorted(found, key=lambda entry: (len(entry.name), entry.name)))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from safetensors.torch import save
-from timm.models._features import FeatureGetterNet
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from visionattn._compat import inside_feature_getter
 from visionattn.checkpoints.reading import CheckpointError, few, read_checkpoint, unwrap_state_dict
 from visionattn.files import replacing
+from visionattn.models.registry.variants import Layout, layout_of
 
 # Under which names detectors and segmenters hold their backbone: our own, then the authors'.
 _BACKBONES = ("backbone.body.model.", "backbone.body.", "backbone.")
@@ -68,9 +68,7 @@ def load_checkpoint(
         CheckpointError: a file that is damaged or would have to run code to be read, or weights that do not
             fit.
     """
-    network = unwrap_model(model)
-    features_only = isinstance(network, FeatureGetterNet)
-    network = network.model if features_only else network
+    network, features_only = inside_feature_getter(unwrap_model(model))
     weights = unwrap_state_dict(source if isinstance(source, Mapping) else read_checkpoint(source))
     weights = convert(weights if hasattr(network, "backbone") else _backbone_of(weights), network)
     report = compare(network, weights, features_only)
@@ -87,17 +85,42 @@ def load_checkpoint(
 
 
 def convert(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Weights in the layout and for the sizes of a network, by its family's `checkpoint_filter_fn`.
+    """Weights in the layout and for the sizes of a network, if it is one of the zoo.
 
     Raises:
         CheckpointError: weights that the family's conversion cannot take.
     """
-    filter_fn = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    layout = layout_of(network)
+    return fit(layout, to_ours(layout, weights), network) if layout else dict(weights)
+
+
+def to_ours(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in our names and shapes.
+
+    Raises:
+        CheckpointError: weights that the family's conversion cannot take.
+    """
+    with _converting(layout):
+        return layout.to_ours(weights)
+
+
+def fit(layout: Layout, weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights in our layout for the sizes of a network.
+
+    Raises:
+        CheckpointError: weights that cannot be brought to them.
+    """
+    with _converting(layout):
+        return layout.fit(weights, network)
+
+
+@contextmanager
+def _converting(layout: Layout) -> Iterator[None]:
     try:
-        return filter_fn(dict(weights), network) if filter_fn else dict(weights)
+        yield
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
         # Conversions join and reshape parameters that every checkpoint of the family has.
-        name, reason = type(network).__name__, str(error).split("\n")[0] or repr(error)
+        name, reason = layout.model_cls.__name__, str(error).split("\n")[0] or repr(error)
         raise CheckpointError(f"the weights do not fit {name}: converting them failed ({reason})") from error
 
 

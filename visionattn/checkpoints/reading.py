@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from visionattn.models.registry.layout import unwrap
+from visionattn.models.registry.unwrap import unwrap
 
 _ZIP = b"PK\x03\x04"
 # Containers inside containers, beyond which a file is no checkpoint.

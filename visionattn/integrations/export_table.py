@@ -24,6 +24,7 @@ from visionattn.integrations.export import (
     trace_network,
     write_trace,
 )
+from visionattn.models.registry.variants import ENTRIES
 
 # One network of every family and host, and of every pattern of attention.
 NETWORKS = (
@@ -112,7 +113,7 @@ def shortened(name: str) -> dict[str, Any]:
 
     What can be exported is a matter of the parts, and tracing takes time in proportion to their number.
     """
-    arguments = timm.model_entrypoint(name)(describe=True).arguments
+    arguments = ENTRIES[name].arguments
     restores = "upscale" in arguments
     short: dict[str, Any] = {}
     if "depths" in arguments:

@@ -4,8 +4,8 @@ Layout, bias and scale: `local/op.py`. Which implementation a call runs and why:
 the environment variable `VISIONATTN_BACKEND` forces one.
 """
 
-from visionattn.kernels.dispatch import BACKENDS, Choice, explain, use_backend
 from visionattn.kernels.dense.op import dense_attention
+from visionattn.kernels.dispatch import BACKENDS, Choice, explain, use_backend
 from visionattn.kernels.linear.op import agent_attention, linear_attention
 from visionattn.kernels.local.op import (
     grid_attention,

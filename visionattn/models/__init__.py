@@ -11,8 +11,10 @@ from visionattn.models.cfsr import CFSR
 from visionattn.models.craft import CRAFT
 from visionattn.models.frames.restorer import RestorationInfo
 from visionattn.models.hat import HAT
+from visionattn.models.hosts.cswin import CSwin
 from visionattn.models.hosts.deit import DeiT
-from visionattn.models.hosts.hosts import PVT, CSwin, Swin
+from visionattn.models.hosts.pvt import PVT
+from visionattn.models.hosts.swin import Swin
 from visionattn.models.hsdt import HSDT
 from visionattn.models.l2vit import L2ViT
 from visionattn.models.nat import NAT

@@ -10,14 +10,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from visionattn.layers import AgentAttention2d
-from visionattn.models.hosts.build import build_host, host_cfg
-from visionattn.models.hosts.deit import DeiT, deit_arguments, deit_layout
-from visionattn.models.hosts.hosts import PVT, Attention, CSwin, Size, Swin, host_arguments, host_layouts
-from visionattn.models.registry.layout import Shapes
+from visionattn.models.frames.common import Size
+from visionattn.models.hosts import cswin, deit, pvt, swin
+from visionattn.models.hosts.cswin import CSwin
+from visionattn.models.hosts.deit import DeiT
+from visionattn.models.hosts.guest import Guest, Shape, host_cfg, register_guest
+from visionattn.models.hosts.pvt import PVT
+from visionattn.models.hosts.swin import Swin
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import Variant
 
 __all__: list[str] = []
 
@@ -27,7 +32,6 @@ def _cfg(file: str, size: int, top1: float, host: type[nn.Module], **kwargs: Any
         host,
         f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1",
         size,
-        license="unknown",
         paper_ids="arXiv:2312.08874",
         paper_name="Agent Attention: On the Integration of Softmax and Linear Attention",
         origin_url="https://github.com/LeapLabTHU/Agent-Attention",
@@ -60,212 +64,136 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _attention(agents: Sequence[int], agent_shapes: Sequence[Size] | None, prefix: bool) -> Attention:
-    """What the hosts call to make an attention: agents per side of each stage, and the shapes in use."""
-
-    def make(dim: int, num_heads: int, *, stage: int, size: Size, **dd: Any) -> AgentAttention2d:
-        shape = None if agent_shapes is None else agent_shapes[stage]
-        return AgentAttention2d(dim, num_heads, size, agents[stage], shape, prefix, **dd)
-
-    return make
-
-
-def _create(
-    host: type[nn.Module],
-    variant: str,
-    pretrained: bool,
-    agents: Sequence[int] = (3, 4, 7, 7),
-    agent_shapes: Sequence[Size] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """A network of a host class; arguments beyond the host's, for every variant of this file:
-
-    Args:
-        host: the class of the network.
-        variant: its registered name.
-        pretrained: load the authors' weights.
-        agents: agents per side in each stage; part of the weights.
-        agent_shapes: (rows, columns) of agents that are used in each stage, as the dense backbones of the
-        authors
-            have more of them: Swin (9, 9), (12, 12), (14, 14), (7, 7), PVT (12, 12), (16, 16), (28, 28), (28,
-            28).
-        kwargs: arguments of the host.
-    """
-    kwargs["attention"] = _attention(agents, agent_shapes, prefix=host is DeiT)
-    settings = {"agents": agents, "agent_shapes": agent_shapes}
-    return build_host(host, variant, pretrained, settings=settings, **kwargs)
+def _attention(
+    dim: int,
+    num_heads: int,
+    *,
+    stage: int,
+    size: Size,
+    prefix: bool,
+    agents: Sequence[int],
+    agent_shapes: Sequence[Size] | None,
+    **dd: Any,
+) -> AgentAttention2d:
+    shape = None if agent_shapes is None else agent_shapes[stage]
+    return AgentAttention2d(dim, num_heads, size, agents[stage], shape, prefix, **dd)
 
 
-def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
-    out = host_arguments(ours, _MARK, lambda shape: shape[0])
-    tables = [ours.get(f"stages.{i}.blocks.0.{_MARK}") for i in range(len(out["depths"]))]
+def _size(shapes: Shapes, attn: str) -> Size | None:
+    rows, columns = shapes.get(f"{attn}.ah_bias"), shapes.get(f"{attn}.aw_bias")
+    return (rows[3], columns[4]) if rows and columns and len(rows) == len(columns) == 5 else None
+
+
+def _read_options(marks: Sequence[Shape | None]) -> dict[str, Any]:
     usual = (3, 4, 7, 7)  # of stages without agents
-    out["agents"] = tuple(math.isqrt(t[1]) if t else usual[min(i, 3)] for i, t in enumerate(tables))
-    return out
+    return {"agents": tuple(math.isqrt(m[1]) if m else usual[min(i, 3)] for i, m in enumerate(marks))}
 
 
-def _arguments_deit(ours: Shapes, official: Shapes) -> dict[str, Any]:
-    out = deit_arguments(ours, _MARK, lambda shape: shape[0])
-    return {**out, "agents": (math.isqrt(ours[f"blocks.0.{_MARK}"][1]),)}
-
-
-_MARK = "attn.an_bias"
-LAYOUTS = (
-    *host_layouts("agent_attention", _arguments, _MARK, ("agent_shapes",)),
-    deit_layout("agent_attention", _arguments_deit, _MARK, ("agent_shapes",)),
+# Variants take beside the arguments of their host
+# - agents: agents per side in each stage; part of the weights;
+# - agent_shapes: (rows, columns) of agents that are used in each stage, as the dense backbones of the authors
+#   have more of them: Swin (9, 9), (12, 12), (14, 14), (7, 7), PVT (12, 12), (16, 16), (28, 28), (28, 28).
+AGENT = Guest(
+    family="agent_attention",
+    attention=_attention,
+    mark="an_bias",
+    mark_dims=4,
+    heads=lambda shape: shape[0],
+    axes={"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3},
+    size=_size,
+    options={"agents": (3, 4, 7, 7), "agent_shapes": None},
+    read_options=_read_options,
+    unlearned=("agent_shapes",),
 )
 
+_DEIT_VARIANTS = {
+    "agent_deit_tiny": Variant(
+        "Agent-DeiT-T: 6.0 M parameters, 1.2 GMACs at 224.", agents=(7,), embed_dim=192, num_heads=3
+    ),
+    "agent_deit_small": Variant(
+        "Agent-DeiT-S: 22.7 M parameters, 4.4 GMACs at 224.", agents=(7,), embed_dim=384, num_heads=6
+    ),
+    "agent_deit_small_448": Variant(
+        "Agent-DeiT-S at 448: 23.1 M parameters, 17.7 GMACs.",
+        agents=(7,),
+        embed_dim=384,
+        num_heads=6,
+        img_size=448,
+    ),
+    "agent_deit_base": Variant(
+        "Agent-DeiT-B, agents in four blocks: 87.2 M parameters, 17.6 GMACs at 224.",
+        agents=(9,),
+        global_blocks=4,
+        embed_dim=768,
+        num_heads=12,
+    ),
+}
+_PVT_VARIANTS = {
+    "agent_pvt_tiny": Variant("Agent-PVT-T: 11.6 M parameters, 2.0 GMACs at 224.", depths=(2, 2, 2, 2)),
+    "agent_pvt_small": Variant("Agent-PVT-S: 20.6 M parameters, 4.0 GMACs at 224.", depths=(3, 4, 6, 3)),
+    "agent_pvt_medium": Variant("Agent-PVT-M: 35.9 M parameters, 7.0 GMACs at 224.", depths=(3, 4, 18, 3)),
+    "agent_pvt_medium_256": Variant(
+        "Agent-PVT-M at 256: 36.1 M parameters, 9.2 GMACs.", depths=(3, 4, 18, 3), img_size=256
+    ),
+    "agent_pvt_large": Variant("Agent-PVT-L: 48.7 M parameters, 10.4 GMACs at 224.", depths=(3, 8, 27, 3)),
+}
+_SWIN_VARIANTS = {
+    "agent_swin_tiny": Variant(
+        "Agent-Swin-T: 28.9 M parameters, 4.5 GMACs at 224.", global_blocks=(2, 2, 6, 0)
+    ),
+    "agent_swin_small": Variant(
+        "Agent-Swin-S: 49.7 M parameters, 8.7 GMACs at 224.", global_blocks=(2, 2, 0, 0), depths=(2, 2, 18, 2)
+    ),
+    "agent_swin_small_288": Variant(
+        "Agent-Swin-S at 288: 49.7 M parameters, 14.6 GMACs.",
+        global_blocks=(2, 2, 0, 0),
+        depths=(2, 2, 18, 2),
+        img_size=288,
+        window_size=9,
+    ),
+    "agent_swin_base": Variant(
+        "Agent-Swin-B: 88.1 M parameters, 15.4 GMACs at 224.",
+        global_blocks=(2, 2, 2, 0),
+        depths=(2, 2, 18, 2),
+        embed_dim=128,
+        num_heads=(4, 8, 16, 32),
+    ),
+    "agent_swin_base_384": Variant(
+        "Agent-Swin-B at 384: 88.3 M parameters, 46.3 GMACs.",
+        global_blocks=(2, 2, 2, 0),
+        depths=(2, 2, 18, 2),
+        embed_dim=128,
+        num_heads=(4, 8, 16, 32),
+        img_size=384,
+        window_size=12,
+    ),
+}
+_CSWIN_VARIANTS = {
+    "agent_cswin_tiny": Variant("Agent-CSwin-T: 20.5 M parameters, 4.3 GMACs at 224."),
+    "agent_cswin_small": Variant(
+        "Agent-CSwin-S: 32.8 M parameters, 6.8 GMACs at 224.",
+        global_blocks=(3, 6, 0, 0),
+        depths=(3, 6, 29, 2),
+    ),
+    "agent_cswin_base": Variant(
+        "Agent-CSwin-B: 73.3 M parameters, 14.9 GMACs at 224.",
+        global_blocks=(3, 6, 0, 0),
+        depths=(3, 6, 29, 2),
+        embed_dim=96,
+        num_heads=(4, 8, 16, 32),
+    ),
+    "agent_cswin_base_384": Variant(
+        "Agent-CSwin-B at 384: 73.3 M parameters, 46.3 GMACs.",
+        global_blocks=(3, 6, 0, 0),
+        depths=(3, 6, 29, 2),
+        embed_dim=96,
+        num_heads=(4, 8, 16, 32),
+        img_size=384,
+        stripe=12,
+    ),
+}
 
-@register_model
-def agent_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """Agent-DeiT-T: 6.0 M parameters, 1.2 GMACs at 224."""
-    args: dict[str, Any] = {"agents": (7,), "embed_dim": 192, "num_heads": 3}
-    return _create(DeiT, "agent_deit_tiny", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """Agent-DeiT-S: 22.7 M parameters, 4.4 GMACs at 224."""
-    args: dict[str, Any] = {"agents": (7,), "embed_dim": 384, "num_heads": 6}
-    return _create(DeiT, "agent_deit_small", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_deit_small_448(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """Agent-DeiT-S at 448: 23.1 M parameters, 17.7 GMACs."""
-    args: dict[str, Any] = {"agents": (7,), "embed_dim": 384, "num_heads": 6, "img_size": 448}
-    return _create(DeiT, "agent_deit_small_448", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """Agent-DeiT-B, agents in four blocks: 87.2 M parameters, 17.6 GMACs at 224."""
-    args: dict[str, Any] = {"agents": (9,), "global_blocks": 4, "embed_dim": 768, "num_heads": 12}
-    return _create(DeiT, "agent_deit_base", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """Agent-PVT-T: 11.6 M parameters, 2.0 GMACs at 224."""
-    args: dict[str, Any] = {"depths": (2, 2, 2, 2)}
-    return _create(PVT, "agent_pvt_tiny", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """Agent-PVT-S: 20.6 M parameters, 4.0 GMACs at 224."""
-    args: dict[str, Any] = {"depths": (3, 4, 6, 3)}
-    return _create(PVT, "agent_pvt_small", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """Agent-PVT-M: 35.9 M parameters, 7.0 GMACs at 224."""
-    args: dict[str, Any] = {"depths": (3, 4, 18, 3)}
-    return _create(PVT, "agent_pvt_medium", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_pvt_medium_256(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """Agent-PVT-M at 256: 36.1 M parameters, 9.2 GMACs."""
-    args: dict[str, Any] = {"depths": (3, 4, 18, 3), "img_size": 256}
-    return _create(PVT, "agent_pvt_medium_256", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """Agent-PVT-L: 48.7 M parameters, 10.4 GMACs at 224."""
-    args: dict[str, Any] = {"depths": (3, 8, 27, 3)}
-    return _create(PVT, "agent_pvt_large", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """Agent-Swin-T: 28.9 M parameters, 4.5 GMACs at 224."""
-    args: dict[str, Any] = {"global_blocks": (2, 2, 6, 0)}
-    return _create(Swin, "agent_swin_tiny", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """Agent-Swin-S: 49.7 M parameters, 8.7 GMACs at 224."""
-    args: dict[str, Any] = {"global_blocks": (2, 2, 0, 0), "depths": (2, 2, 18, 2)}
-    return _create(Swin, "agent_swin_small", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_swin_small_288(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """Agent-Swin-S at 288: 49.7 M parameters, 14.6 GMACs."""
-    args: dict[str, Any] = {
-        "global_blocks": (2, 2, 0, 0),
-        "depths": (2, 2, 18, 2),
-        "img_size": 288,
-        "window_size": 9,
-    }
-    return _create(Swin, "agent_swin_small_288", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """Agent-Swin-B: 88.1 M parameters, 15.4 GMACs at 224."""
-    args: dict[str, Any] = {
-        "global_blocks": (2, 2, 2, 0),
-        "depths": (2, 2, 18, 2),
-        "embed_dim": 128,
-        "num_heads": (4, 8, 16, 32),
-    }
-    return _create(Swin, "agent_swin_base", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_swin_base_384(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """Agent-Swin-B at 384: 88.3 M parameters, 46.3 GMACs."""
-    args: dict[str, Any] = {
-        "global_blocks": (2, 2, 2, 0),
-        "depths": (2, 2, 18, 2),
-        "embed_dim": 128,
-        "num_heads": (4, 8, 16, 32),
-        "img_size": 384,
-        "window_size": 12,
-    }
-    return _create(Swin, "agent_swin_base_384", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSwin:
-    """Agent-CSwin-T: 20.5 M parameters, 4.3 GMACs at 224."""
-    args: dict[str, Any] = {}
-    return _create(CSwin, "agent_cswin_tiny", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSwin:
-    """Agent-CSwin-S: 32.8 M parameters, 6.8 GMACs at 224."""
-    args: dict[str, Any] = {"global_blocks": (3, 6, 0, 0), "depths": (3, 6, 29, 2)}
-    return _create(CSwin, "agent_cswin_small", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSwin:
-    """Agent-CSwin-B: 73.3 M parameters, 14.9 GMACs at 224."""
-    args: dict[str, Any] = {
-        "global_blocks": (3, 6, 0, 0),
-        "depths": (3, 6, 29, 2),
-        "embed_dim": 96,
-        "num_heads": (4, 8, 16, 32),
-    }
-    return _create(CSwin, "agent_cswin_base", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def agent_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> CSwin:
-    """Agent-CSwin-B at 384: 73.3 M parameters, 46.3 GMACs."""
-    args: dict[str, Any] = {
-        "global_blocks": (3, 6, 0, 0),
-        "depths": (3, 6, 29, 2),
-        "embed_dim": 96,
-        "num_heads": (4, 8, 16, 32),
-        "img_size": 384,
-        "stripe": 12,
-    }
-    return _create(CSwin, "agent_cswin_base_384", pretrained, **{**args, **kwargs})
+register_guest(__name__, AGENT, deit.layout, _DEIT_VARIANTS)
+register_guest(__name__, AGENT, pvt.layout, _PVT_VARIANTS)
+register_guest(__name__, AGENT, swin.layout, _SWIN_VARIANTS)
+register_guest(__name__, AGENT, cswin.layout, _CSWIN_VARIANTS)

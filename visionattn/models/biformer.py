@@ -6,33 +6,23 @@ https://arxiv.org/abs/2303.08810. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint_seq
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers import BiLevelRoutingAttention
-from visionattn.layers.linear import Linear, Mlp, add_pixelwise
+from visionattn.layers.linear import Linear
 from visionattn.layers.maps import on_nhwc
-from visionattn.models.frames.backbone import Backbone, CheckpointedStage
-from visionattn.models.frames.common import drop_path_rates
-from visionattn.models.registry.layout import (
-    CLASSIFIER,
-    Layout,
-    Names,
-    Shapes,
-    Weights,
-    build,
-    classes_of,
-    converter,
-)
+from visionattn.models.frames.common import Block, build_backbone, drop_path_rates
+from visionattn.models.frames.pyramid import MapSequential, Pyramid, Stage
+from visionattn.models.registry.names import CLASSIFIER, Names
+from visionattn.models.registry.shapes import Shapes, classes_of
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["BiFormer"]
 
@@ -73,57 +63,7 @@ class FullAttention(nn.Module):
         return self.proj(out + local)
 
 
-class Block(nn.Module):
-    """Position convolution (optional), attention, MLP: three residual branches on `[B, H, W, C]`."""
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        mlp_ratio: float,
-        drop_path: float,
-        before_attn_dwconv: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        kernel = before_attn_dwconv
-        self.pos_embed = (
-            nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, **dd) if kernel else None
-        )
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.hidden_dim = int(mlp_ratio * dim)
-        self.mlp = Mlp(dim, self.hidden_dim, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pos_embed is not None:
-            x = x + on_nhwc(self.pos_embed, x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return add_pixelwise(x, self._feed_forward, self.hidden_dim, self.training)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.mlp(self.norm2(x)))
-
-
-class Stage(CheckpointedStage):
-    """Downsampling and blocks; `[B, C, H, W]` in and out, channels last in memory."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
-        return x.permute(0, 3, 1, 2)
-
-
-class BiFormer(Backbone):
+class BiFormer(Pyramid):
     """BiFormer, all official forms.
 
     Args:
@@ -169,19 +109,9 @@ class BiFormer(Backbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.min_size = _min_size(patch_conv, operator, n_win, topks)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(embed_dims)
-        ]
-
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
-        routing: dict[str, Any] = {"n_win": n_win, "auto_pad": auto_pad}
+        routing: dict[str, Any] = {"n_win": n_win, "auto_pad": auto_pad, "side_dwconv": side_dwconv}
         routing["pad"] = "input" if operator == "nhwc" else "projected"
         stages = []
         for i, dim in enumerate(embed_dims):
@@ -190,24 +120,37 @@ class BiFormer(Backbone):
                 if topks[i] == -2:
                     attn = FullAttention(dim, 8, side_dwconv, lepe_of_values=operator == "nchw", **dd)
                 else:
-                    attn = BiLevelRoutingAttention(
-                        dim, dim // head_dim, topk=topks[i], side_dwconv=side_dwconv, **routing, **dd
+                    attn = BiLevelRoutingAttention(dim, dim // head_dim, topk=topks[i], **routing, **dd)
+                blocks.append(
+                    Block(
+                        dim,
+                        attn,
+                        mlp_ratios[i],
+                        next(rates),
+                        eps=1e-6,
+                        pos_kernel=before_attn_dwconv,
+                        **dd,
                     )
-                blocks.append(Block(dim, attn, mlp_ratios[i], next(rates), before_attn_dwconv, **dd))
+                )
             down = _downsample(embed_dims[i - 1], dim, patch_conv, dd) if i else nn.Identity()
-            stages.append(Stage(down, blocks))
-        self.stem = _stem(in_chans, embed_dims[0], patch_conv, dd)
-        self.stages = nn.Sequential(*stages)
-        self.extra_norms = (
-            nn.ModuleList(LayerNorm2d(dim, eps=1e-6, **dd) for dim in embed_dims) if extra_norms else None
+            stages.append(Stage(dim, down, blocks))
+        super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate,
+            stem=_stem(in_chans, embed_dims[0], patch_conv, dd),
+            stages=stages,
+            norm=nn.BatchNorm2d(embed_dims[-1], **dd),
+            norm_eps=1e-6,
+            extra_norms=extra_norms,
+            min_size=_min_size(patch_conv, operator, n_win, topks),
+            **dd,
         )
-        self.norm = nn.BatchNorm2d(embed_dims[-1], **dd)
-        self.head = ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, **dd)
-        self.apply(_init_weights)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: none."""
-        return set()
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The batch norm of the last map `[B, H, W, C]`."""
+        return on_nhwc(self.norm, x)
 
 
 def _min_size(patch_conv: bool, operator: str, n_win: int, topks: Sequence[int]) -> int:
@@ -221,10 +164,10 @@ def _min_size(patch_conv: bool, operator: str, n_win: int, topks: Sequence[int])
     return max(patches, n_win * routed if patch_conv else (n_win - 1) * routed + 1)
 
 
-def _stem(in_chans: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> nn.Sequential:
+def _stem(in_chans: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> MapSequential:
     if patch_conv:
-        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4, **dd), nn.BatchNorm2d(dim, **dd))
-    return nn.Sequential(
+        return MapSequential(nn.Conv2d(in_chans, dim, 4, stride=4, **dd), nn.BatchNorm2d(dim, **dd))
+    return MapSequential(
         nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
         nn.BatchNorm2d(dim // 2, **dd),
         nn.GELU(),
@@ -233,17 +176,10 @@ def _stem(in_chans: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> nn.S
     )
 
 
-def _downsample(in_dim: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> nn.Sequential:
+def _downsample(in_dim: int, dim: int, patch_conv: bool, dd: dict[str, Any]) -> MapSequential:
     if patch_conv:
-        return nn.Sequential(nn.BatchNorm2d(in_dim, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd))
-    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        return MapSequential(nn.BatchNorm2d(in_dim, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd))
+    return MapSequential(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd))
 
 
 # The official files differ by form: blocks are numbered with or without `blocks`, the MLP's second layer is 2
@@ -263,14 +199,15 @@ _ROUTED = {
 _LINEAR = re.compile(r"\.(?:qkv|proj|fc1|fc2)\.weight$")
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names; the 1x1 convolutions of the NCHW operator become linear layers."""
-    out = {}
-    for name, value in official.items():
-        for names in (_OVERLAPPING, _PATCHES, *_ROUTED.values()):
-            name = names.to_ours(name)
-        out[name] = value.flatten(1) if _LINEAR.search(name) else value
-    return out
+def _rename(name: str) -> str:
+    for names in (_OVERLAPPING, _PATCHES, *_ROUTED.values()):
+        name = names.to_ours(name)
+    return name
+
+
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The 1x1 convolutions of the NCHW operator become linear layers."""
+    return {n: v.flatten(1) if v.ndim == 4 and _LINEAR.search(n) else v for n, v in weights.items()}
 
 
 def _to_official(weights: Weights, model: BiFormer) -> dict[str, Tensor]:
@@ -287,7 +224,7 @@ def _to_official(weights: Weights, model: BiFormer) -> dict[str, Tensor]:
     return out
 
 
-def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any] | None:
     depths = ours.lengths("stages", "blocks")
     dims = [ours[f"stages.{i}.blocks.0.norm1.weight"][0] for i in range(len(depths))]
     stem, lepe = ours["stem.0.weight"], ours["stages.0.blocks.0.attn.lepe.weight"]
@@ -307,7 +244,7 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     }
     routed = [f"stages.{i}.blocks.0.attn.qkv.bias" in ours for i in range(len(depths))]
     if routed != [True] * (len(depths) - 1) + [False]:
-        raise KeyError("full attention in another than the last stage")
+        return None  # full attention in another than the last stage
     if any(".qkv_linear." in name for name in official.names):
         out["operator"] = "nchw"
     elif any(".qkv.qkv." in name for name in official.names):
@@ -315,19 +252,23 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     return out
 
 
-LAYOUTS = (
-    Layout(
-        "biformer",
-        BiFormer,
-        (r"^stages\.0\.blocks\.0\.attn\.lepe\.weight$", r"^stem\.1\.running_mean$"),
-        _to_ours,
-        _arguments,
-        _to_official,
-        wrapper="model",
-        unlearned=("n_win", "topks", "head_dim", "operator", "auto_pad"),
-    ),
+LAYOUT = Layout(
+    family="biformer",
+    model_cls=BiFormer,
+    marks=(r"^stages\.0\.blocks\.0\.attn\.lepe\.weight$", r"^stem\.1\.running_mean$"),
+    rename=_rename,
+    convert=_convert,
+    reads={
+        "stem.0.weight": 4,
+        "stages.0.blocks.0.attn.lepe.weight": 4,
+        "stages.#.blocks.0.norm1.weight": 1,
+        "stages.#.blocks.0.mlp.fc1.weight": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="model",
+    unlearned=("n_win", "topks", "head_dim", "operator", "auto_pad"),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(url: str = "", top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -366,20 +307,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_biformer(variant: str, pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    # All shared files are called "content": without a folder each, one would be taken for the other.
-    cache_dir = os.path.join(torch.hub.get_dir(), "checkpoints", variant)
-    return build(
-        BiFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        cache_dir=kwargs.pop("cache_dir", None) or cache_dir,
-        **kwargs,
-    )
-
-
 _STL: dict[str, Any] = {
     "depths": (2, 2, 6, 2),
     "embed_dims": (96, 192, 384, 768),
@@ -388,35 +315,28 @@ _STL: dict[str, Any] = {
     "patch_conv": True,
 }
 
-
-@register_model
-def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-T: 13.1 M parameters, 2.2 GMACs at 224."""
-    args = {"depths": (2, 2, 8, 2), "embed_dims": (64, 128, 256, 512)}
-    return _create_biformer("biformer_tiny", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def biformer_small(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-S: 25.5 M parameters, 4.5 GMACs at 224."""
-    args = {"depths": (4, 4, 18, 4), "embed_dims": (64, 128, 256, 512)}
-    return _create_biformer("biformer_small", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def biformer_base(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-B: 56.8 M parameters, 9.8 GMACs at 224."""
-    args = {"depths": (4, 4, 18, 4), "embed_dims": (96, 192, 384, 768)}
-    return _create_biformer("biformer_base", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-STL, the layout of Swin-T: 28.4 M parameters, 4.6 GMACs at 224."""
-    return _create_biformer("biformer_stl", pretrained, **{**_STL, **kwargs})
-
-
-@register_model
-def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-STL with the NCHW operator: 28.4 M parameters, 4.6 GMACs at 224."""
-    return _create_biformer("biformer_stl_nchw", pretrained, **{**_STL, "operator": "nchw", **kwargs})
+VARIANTS = {
+    "biformer_tiny": Variant(
+        "BiFormer-T: 13.1 M parameters, 2.2 GMACs at 224.",
+        depths=(2, 2, 8, 2),
+        embed_dims=(64, 128, 256, 512),
+    ),
+    "biformer_small": Variant(
+        "BiFormer-S: 25.5 M parameters, 4.5 GMACs at 224.",
+        depths=(4, 4, 18, 4),
+        embed_dims=(64, 128, 256, 512),
+    ),
+    "biformer_base": Variant(
+        "BiFormer-B: 56.8 M parameters, 9.8 GMACs at 224.",
+        depths=(4, 4, 18, 4),
+        embed_dims=(96, 192, 384, 768),
+    ),
+    "biformer_stl": Variant(
+        "BiFormer-STL, the layout of Swin-T: 28.4 M parameters, 4.6 GMACs at 224.", **_STL
+    ),
+    "biformer_stl_nchw": Variant(
+        "BiFormer-STL with the NCHW operator: 28.4 M parameters, 4.6 GMACs at 224.", **_STL, operator="nchw"
+    ),
+}
+# All shared files are called "content".
+register(__name__, LAYOUT, VARIANTS, builder=build_backbone, cache_each=True)

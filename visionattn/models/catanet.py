@@ -7,7 +7,6 @@ https://arxiv.org/abs/2503.06896. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle, islice
@@ -15,17 +14,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 
-from visionattn.kernels import window_attention
 from visionattn.kernels.precision import at_least_float32, without_autocast
-from visionattn.layers.bands import convolved, folded, pixelwise
+from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
-from visionattn.layers.maps import mirror_index, on_nhwc
+from visionattn.layers.maps import mirror_index
+from visionattn.layers.overlapping_patches import ConvMlp, HeadProjection, LocalAttention
 from visionattn.layers.residual_group import add_convolved
-from visionattn.models.frames.common import check_size
+from visionattn.models.frames.common import check_size, init_linear
 from visionattn.models.frames.restorer import (
     RestorationInfo,
     Restorer,
@@ -35,78 +33,11 @@ from visionattn.models.frames.restorer import (
     upsampler,
     upscale_of,
 )
-from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["CATANet"]
-
-
-class HeadProjection(nn.Module):
-    """Bias-free queries, keys and values in heads of one width.
-
-    The heads of queries and keys are 9 channels wide in the official network, those of values 10: fused
-    attention takes neither. Zero channels, which change no product, fill all of them up to a multiple of 8.
-
-    Args:
-        dim: channels of the input and of the values.
-        qk_dim: channels of queries and keys.
-        num_heads: attention heads.
-        with_queries: whether there are queries, or keys and values only.
-
-    Attributes:
-        scale: softmax scale, that of the heads before they are filled up.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        qk_dim: int,
-        num_heads: int,
-        with_queries: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.scale = (qk_dim // num_heads) ** -0.5
-        self.q = Linear(dim, qk_dim, bias=False, **dd) if with_queries else None
-        self.k = Linear(dim, qk_dim, bias=False, **dd)
-        self.v = Linear(dim, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., C]` to `[..., 3 (2 without queries), heads, d]`."""
-        layers = (self.k, self.v) if self.q is None else (self.q, self.k, self.v)
-        weights = [layer.weight.unflatten(0, (self.num_heads, -1)) for layer in layers]
-        head_dim = -(-max(w.shape[1] for w in weights) // 8) * 8
-        filled = torch.stack([F.pad(w, (0, 0, 0, head_dim - w.shape[1])) for w in weights])
-        return F.linear(x, filled.flatten(0, 2)).unflatten(-1, filled.shape[:3])
-
-    def join(self, out: Tensor) -> Tensor:
-        """`[..., C]` of attention output `[..., heads, d]`, without the zero channels."""
-        return out[..., : self.v.out_features // self.num_heads].flatten(-2)
-
-
-class ConvMlp(nn.Module):
-    """An MLP with a depthwise 5x5 convolution as a residual branch of its hidden layer, pre-normalised."""
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.fc1 = Linear(dim, hidden_dim, **dd)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 5, padding=2, groups=hidden_dim, **dd)
-        self.fc2 = Linear(hidden_dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = F.gelu(self.fc1(self.norm(x)))
-        return self.fc2(x + F.gelu(on_nhwc(self.dwconv, x)))
 
 
 class TokenAggregation(nn.Module):
@@ -165,7 +96,7 @@ class TokenAggregation(nn.Module):
         # Rounding changes which centre is nearest.
         with without_autocast(x):
             if self.training:
-                means = _segment_means(tokens.detach(), self.num_centres)
+                means = self.segment_means(tokens.detach())
                 centres = self._refine(tokens, torch.where(initialised, centres, means))
             directions = _unit(centres)
             nearest = pixelwise(lambda tokens: _nearest(_unit(tokens), directions), tokens)
@@ -173,6 +104,15 @@ class TokenAggregation(nn.Module):
         out = self._attend(tokens, order, centres).view_as(x)
         x = pixelwise(lambda x, out: x + self.out(self.proj(out)), x, out, into=out)
         return convolved(lambda x: x + self.mlp(x), x, halo=2), centres.detach()
+
+    def segment_means(self, tokens: Tensor) -> Tensor:
+        """Means `[centres, C]` of equal stretches of `[B, N, C]`, as many as there are centres.
+
+        The sequence is filled up by its mirror image, also where their number divides it.
+        """
+        count, size = self.num_centres, tokens.shape[1]
+        index = mirror_index(size, (size // count + 1) * count, tokens.device)
+        return tokens.index_select(1, index).unflatten(1, (count, -1)).mean((0, 2))
 
     def _refine(self, tokens: Tensor, centres: Tensor) -> Tensor:
         tokens = _unit(tokens)
@@ -204,64 +144,6 @@ class TokenAggregation(nn.Module):
 
         out = pixelwise(attend, sequence[:, :-1], sequence[:, 1:]).flatten(1, 2)[:, :count]
         return out.scatter(1, order[..., None].expand(-1, -1, dim), out)
-
-
-class LocalAttention(nn.Module):
-    """Attention inside patches that overlap by two pixels, then an MLP, on `[B, H, W, C]` (LRSA).
-
-    Where patches overlap, the official code halves the sum once for every patch that begins there: rows in
-    three patches count for three quarters of their mean.
-
-    Args:
-        dim: channels.
-        qk_dim: channels of queries and keys.
-        num_heads: attention heads.
-        hidden_dim: hidden width of the MLP.
-        patch_size: side of a patch in pixels.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        qk_dim: int,
-        num_heads: int,
-        hidden_dim: int,
-        patch_size: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.patch_size = patch_size
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.qkv = HeadProjection(dim, qk_dim, num_heads, **dd)
-        self.proj = Linear(dim, dim, bias=False, **dd)
-        self.mlp = ConvMlp(dim, hidden_dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`, sides of at least `patch_size`."""
-        (rows, row_times, row_factor), (columns, column_times, column_factor) = (
-            _overlapping_patches(side, self.patch_size, x.device) for side in x.shape[1:3]
-        )
-
-        def attend(total: Tensor, rows: Tensor, core: slice) -> Tensor:
-            """Adds the rows of patches that begin at `rows[:, 0]` to the map."""
-            rows = rows.flatten()
-            patches = self.norm(x.index_select(1, rows)).index_select(2, columns)
-            q, k, v = self.qkv(patches).unbind(3)
-            out = self.qkv.join(window_attention(q, k, v, self.patch_size, scale=self.qkv.scale))
-            out = out.new_zeros(*out.shape[:2], *x.shape[2:]).index_add(2, columns, out)
-            return total.index_add_(1, rows, out.to(total.dtype))
-
-        out = folded(attend, torch.zeros_like(x), rows.view(-1, self.patch_size), dim=0)
-        factor = (row_factor[:, None] * column_factor).to(x.dtype)[None, ..., None]
-        times = (row_times[:, None] * column_times)[None, ..., None] * factor
-
-        def add(x: Tensor, out: Tensor, factor: Tensor, times: Tensor) -> Tensor:
-            return x * times + self.proj(out * factor)
-
-        x = pixelwise(add, x, out, factor, times, into=out)
-        return convolved(lambda x: x + self.mlp(x), x, halo=2)
 
 
 class Block(nn.Module):
@@ -386,7 +268,7 @@ class CATANet(Restorer):
         self.blocks = nn.Sequential(*blocks)
         self.upsample = upsampler(embed_dim, upscale, dd, 0.1) if upscale != 1 else nn.Identity()
         self.conv_last = nn.Conv2d(embed_dim, in_chans, 3, padding=1, **dd)
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers for layer-wise decay."""
@@ -440,39 +322,6 @@ def _move(tokens: Tensor, centres: Tensor) -> Tensor:
     return torch.where(members.any(1).any(0)[:, None], moved, centres)
 
 
-def _segment_means(tokens: Tensor, count: int) -> Tensor:
-    """Means `[count, C]` of `count` equal stretches of `[B, N, C]`.
-
-    The sequence is filled up by its mirror image, also where `count` divides it.
-    """
-    size = tokens.shape[1]
-    index = mirror_index(size, (size // count + 1) * count, tokens.device)
-    return tokens.index_select(1, index).unflatten(1, (count, -1)).mean((0, 2))
-
-
-def _overlapping_patches(side: int, patch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches along one axis, each overlapping the one before by two pixels, the last moved back to the end.
-
-    Returns:
-        The pixels of all patches, one patch after the other; in how many patches each pixel is `[side]`; and
-        the factor `[side]` for the sum over patches.
-    """
-    begin = torch.arange(0, side - 2, patch - 2, device=device)
-    start, pixel = begin.clamp(max=side - patch), torch.arange(side, device=device)
-    index = (start[:, None] + torch.arange(patch, device=device)).flatten()
-    behind_start = pixel >= start[:, None]
-    times = (behind_start & (pixel < start[:, None] + patch)).sum(0)
-    halvings = (behind_start & (pixel < begin[:, None] + 2))[1:].sum(0)
-    return index, times, 0.5**halvings
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 _RULES = (
     ("^first_conv.", "^conv_first."),
     ("^last_conv.", "^conv_last."),
@@ -496,15 +345,16 @@ _ONE_STEP = Names(*_RULES, ("^upconv.", "^upsample.0."))
 _TWO_STEPS = Names(*_RULES, ("^upconv1.", "^upsample.0."), ("^upconv2.", "^upsample.3."))
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names.
+def _rename(name: str) -> str:
+    return _TWO_STEPS.to_ours(_ONE_STEP.to_ours(name))
+
+
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The 1x1 convolutions become linear layers.
 
     Centres without the note that they are initialised are taken as such: no training saves them otherwise.
     """
-    out = {}
-    for name, value in official.items():
-        name = _TWO_STEPS.to_ours(_ONE_STEP.to_ours(name))
-        out[name] = value.flatten(1) if name.endswith(".out.weight") else value
+    out = {n: v.flatten(1) if n.endswith(".out.weight") and v.ndim == 4 else v for n, v in weights.items()}
     for name in [name for name in out if name.endswith(".centres")]:
         out.setdefault(name.replace(".centres", ".initialised"), torch.tensor(True))
     return out
@@ -537,19 +387,23 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     return out
 
 
-LAYOUTS = (
-    Layout(
-        "catanet",
-        CATANet,
-        (r"\.aggregation\.centre_kv\.", r"\.centres$"),
-        _to_ours,
-        _arguments,
-        _to_official,
-        wrapper="params",
-        unlearned=("num_heads", "patch_sizes", "group_sizes"),
-    ),
+LAYOUT = Layout(
+    family="catanet",
+    model_cls=CATANet,
+    marks=(r"\.aggregation\.centre_kv\.", r"\.centres$"),
+    rename=_rename,
+    convert=_convert,
+    reads={
+        "conv_first.weight": 4,
+        "blocks.0.aggregation.qkv.q.weight": 2,
+        "blocks.0.aggregation.mlp.fc1.weight": 2,
+        "blocks.#.centres": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="params",
+    unlearned=("num_heads", "patch_sizes", "group_sizes"),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(upscale: int, results: str) -> dict[str, Any]:
@@ -572,33 +426,10 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_catanet(variant: str, pretrained: bool = False, **kwargs: Any) -> CATANet:
-    # The files are called "x2.pth" and so on: without a folder each, others' could be taken for them.
-    cache_dir = os.path.join(torch.hub.get_dir(), "checkpoints", variant)
-    return build_restoration(
-        CATANet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        cache_dir=kwargs.pop("cache_dir", None) or cache_dir,
-        **kwargs,
-    )
-
-
-@register_model
-def catanet_x2(pretrained: bool = False, **kwargs: Any) -> CATANet:
-    """CATANet x2: 0.48 M parameters."""
-    return _create_catanet("catanet_x2", pretrained, **{"upscale": 2, **kwargs})
-
-
-@register_model
-def catanet_x3(pretrained: bool = False, **kwargs: Any) -> CATANet:
-    """CATANet x3: 0.55 M parameters."""
-    return _create_catanet("catanet_x3", pretrained, **{"upscale": 3, **kwargs})
-
-
-@register_model
-def catanet_x4(pretrained: bool = False, **kwargs: Any) -> CATANet:
-    """CATANet x4: 0.54 M parameters."""
-    return _create_catanet("catanet_x4", pretrained, **{"upscale": 4, **kwargs})
+VARIANTS = {
+    "catanet_x2": Variant("CATANet x2: 0.48 M parameters.", upscale=2),
+    "catanet_x3": Variant("CATANet x3: 0.55 M parameters.", upscale=3),
+    "catanet_x4": Variant("CATANet x4: 0.54 M parameters.", upscale=4),
+}
+# The files are called "x2.pth" and so on.
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration, cache_each=True)

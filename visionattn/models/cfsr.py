@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers.bands import convolved, pixelwise
@@ -21,10 +21,13 @@ from visionattn.models.frames.restorer import (
     ResidualRestorer,
     RestorationInfo,
     RestorationTask,
+    body_arguments,
     build_restoration,
     restoration_cfg,
 )
-from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, unwrap
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["CFSR"]
 
@@ -274,12 +277,15 @@ _NAMES = Names((".attn.a.2.lkb_reparam.", ".attn.dwconv."), (".attn.a.0.", ".att
 _SHUFFLED = Names(("^upsample.0.", "^conv_last."))
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names, in the form that they have; the edge operators are constants."""
+def _rename(name: str) -> str:
+    return _SHUFFLED.to_ours(_NAMES.to_ours(name))
+
+
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our shapes, in the form that the weights have; the edge operators are constants."""
     out = {}
-    for name, value in official.items():
+    for name, value in weights.items():
         if ".mlp.mask_" not in name:
-            name = _SHUFFLED.to_ours(_NAMES.to_ours(name))
             pointwise = name.endswith(".weight") and value.ndim == 4 and value.shape[2:] == (1, 1)
             out[name] = value.flatten(1) if pointwise else value
     first = f"scale_{_EDGES[0]}"
@@ -311,39 +317,23 @@ def _to_official(weights: Weights, model: CFSR) -> dict[str, Tensor]:
 
 
 def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
-    dim, in_chans = ours["conv_first.weight"][:2]
+    body = body_arguments(ours)
     return {
-        "in_chans": in_chans,
-        "upscale": math.isqrt(ours["conv_last.weight"][0] // in_chans),
-        "embed_dim": dim,
-        "depths": ours.lengths("layers", "blocks"),
+        **body,
+        "upscale": math.isqrt(ours["conv_last.weight"][0] // body["in_chans"]),
         "kernel_size": ours["layers.0.blocks.0.attn.dwconv.weight"][-1],
-        "mlp_ratio": ours["layers.0.blocks.0.mlp.fc1.weight"][0] / dim,
+        "mlp_ratio": ours["layers.0.blocks.0.mlp.fc1.weight"][0] / body["embed_dim"],
         "fused": ours.first(r"\.pos\.edge_scale$") is None,
     }
 
 
-LAYOUTS = (
-    Layout(
-        "cfsr",
-        CFSR,
-        (r"\.layer_scale_1$", r"\.attn\.dwconv\.", r"\.mlp\.pos\."),
-        _to_ours,
-        _arguments,
-        _to_official,
-        wrapper="params",
-        unlearned=("img_range", "task"),
-    ),
-)
+def _fit(weights: dict[str, Tensor], model: CFSR) -> dict[str, Tensor]:
+    """The edge detectors of a training form are merged for a model in merged form.
 
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: CFSR) -> dict[str, Tensor]:
-    """Rename the official parameters to ours; our own names pass unchanged.
-
-    The edge detectors of a training form are merged for a model in merged form. In the other direction they
-    are set to zero, which leaves the function as it is and lets them be trained on.
+    In the other direction they are set to zero, which leaves the function as it is and lets them be trained
+    on.
     """
-    out = _to_ours(unwrap(state_dict)[0])
+    out = dict(weights)
     fused = not any(isinstance(module, EdgeConv) for module in model.modules())
     for mlp in [name.removesuffix("pos.weight") for name in out if name.endswith(".mlp.pos.weight")]:
         _convert_edges(out, mlp, fused)
@@ -360,6 +350,26 @@ def _convert_edges(state: dict[str, Tensor], mlp: str, fused: bool) -> None:
     elif not fused:
         for name in ("edge_scale", "edge_bias"):
             state.setdefault(f"{mlp}pos.{name}", weight.new_zeros(len(bias), len(_EDGES)))
+
+
+LAYOUT = Layout(
+    family="cfsr",
+    model_cls=CFSR,
+    marks=(r"\.layer_scale_1$", r"\.attn\.dwconv\.", r"\.mlp\.pos\."),
+    rename=_rename,
+    convert=_convert,
+    fit=_fit,
+    reads={
+        "conv_first.weight": 4,
+        "conv_last.weight": 4,
+        "layers.0.blocks.0.attn.dwconv.weight": 4,
+        "layers.0.blocks.0.mlp.fc1.weight": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="params",
+    unlearned=("img_range", "task"),
+)
 
 
 def _cfg(upscale: int, **kwargs: Any) -> dict[str, Any]:
@@ -386,24 +396,11 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_cfsr(variant: str, pretrained: bool = False, **kwargs: Any) -> CFSR:
-    return build_restoration(CFSR, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def cfsr_x2(pretrained: bool = False, **kwargs: Any) -> CFSR:
-    """CFSR x2: 291 K parameters merged, 298 K in training, 1.2 GMACs for a 64x64 input."""
-    return _create_cfsr("cfsr_x2", pretrained, **{"upscale": 2, **kwargs})
-
-
-@register_model
-def cfsr_x3(pretrained: bool = False, **kwargs: Any) -> CFSR:
-    """CFSR x3: 298 K parameters merged, 305 K in training."""
-    return _create_cfsr("cfsr_x3", pretrained, **{"upscale": 3, **kwargs})
-
-
-@register_model
-def cfsr_x4(pretrained: bool = False, **kwargs: Any) -> CFSR:
-    """CFSR x4: 307 K parameters merged, 314 K in training."""
-    return _create_cfsr("cfsr_x4", pretrained, **{"upscale": 4, **kwargs})
+VARIANTS = {
+    "cfsr_x2": Variant(
+        "CFSR x2: 291 K parameters merged, 298 K in training, 1.2 GMACs for a 64x64 input.", upscale=2
+    ),
+    "cfsr_x3": Variant("CFSR x3: 298 K parameters merged, 305 K in training.", upscale=3),
+    "cfsr_x4": Variant("CFSR x4: 307 K parameters merged, 314 K in training.", upscale=4),
+}
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)

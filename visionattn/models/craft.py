@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.kernels.precision import at_least_float32, without_autocast
@@ -24,23 +23,18 @@ from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import is_needed, mirror_index, on_nhwc
 from visionattn.layers.rectangle_window import RectangleWindowAttention
 from visionattn.layers.residual_group import ResidualGroup
-from visionattn.models.frames.common import check_size
+from visionattn.models.frames.common import check_size, init_linear
 from visionattn.models.frames.restorer import (
     ResidualRestorer,
     RestorationInfo,
+    body_arguments,
     build_restoration,
     super_resolution_cfg,
 )
-from visionattn.models.registry.layout import (
-    Layout,
-    Names,
-    Shapes,
-    Weights,
-    converter,
-    window_index,
-    window_of,
-    window_offsets,
-)
+from visionattn.models.hosts.swin_buffers import window_index, window_offsets
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes, window_of
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["CRAFT"]
 
@@ -318,11 +312,7 @@ class CRAFT(ResidualRestorer):
 def _init_weights(module: nn.Module) -> None:
     # Elsewhere linear layers stand for the official 1x1 convolutions and keep their initialisation.
     if isinstance(module, WindowBlock):
-        for layer in module.modules():
-            if isinstance(layer, nn.Linear):
-                trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        module.apply(init_linear)
 
 
 # Pairs of window blocks stand inside the block that fuses them; nobody has more than 32 of these in a group.
@@ -349,11 +339,13 @@ _NAMES = Names(
 _POINTWISE = re.compile(r"\.(?:fuse\.(?:attn\.(?:q|kv|proj)|mlp\.fc[12])|high\.(?:fc|last_fc))\.weight$")
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names, without stored offsets and indices."""
-    kept = {n: v for n, v in official.items() if not n.startswith(("relative_position_index_", "biases_"))}
-    out = {_NAMES.to_ours(name): value for name, value in kept.items()}
-    return {name: value.flatten(1) if _POINTWISE.search(name) else value for name, value in out.items()}
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without stored offsets and indices; the 1x1 convolutions become linear layers."""
+    return {
+        name: value.flatten(1) if _POINTWISE.search(name) and value.ndim == 4 else value
+        for name, value in weights.items()
+        if not name.startswith(("relative_position_index_", "biases_"))
+    }
 
 
 def _to_official(weights: Weights, model: CRAFT) -> dict[str, Tensor]:
@@ -369,14 +361,12 @@ def _to_official(weights: Weights, model: CRAFT) -> dict[str, Tensor]:
 
 
 def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
-    dim, in_chans = ours["conv_first.weight"][:2]
+    body = body_arguments(ours)
     out = {
-        "in_chans": in_chans,
-        "upscale": math.isqrt(ours["upsample.0.weight"][0] // in_chans),
-        "embed_dim": dim,
-        "depths": ours.lengths("layers", "blocks"),
+        **body,
+        "upscale": math.isqrt(ours["upsample.0.weight"][0] // body["in_chans"]),
         "num_heads": ours["layers.0.blocks.0.fuse.attn.temperature"][0],
-        "mlp_ratio": ours["layers.0.blocks.0.low.0.mlp.fc1.weight"][0] / dim,
+        "mlp_ratio": ours["layers.0.blocks.0.low.0.mlp.fc1.weight"][0] / body["embed_dim"],
         "qkv_bias": "layers.0.blocks.0.low.0.attn.qkv.bias" in ours,
     }
     index, offsets = official.get("relative_position_index_h"), official.get("biases_h")
@@ -385,19 +375,23 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     return out
 
 
-LAYOUTS = (
-    Layout(
-        "craft",
-        CRAFT,
-        (r"\.fuse\.attn\.temperature$", r"\.low\.0\.", r"\.high\."),
-        _to_ours,
-        _arguments,
-        _to_official,
-        wrapper="params",
-        unlearned=("split_size", "img_range", "pad"),
-    ),
+LAYOUT = Layout(
+    family="craft",
+    model_cls=CRAFT,
+    marks=(r"\.fuse\.attn\.temperature$", r"\.low\.0\.", r"\.high\."),
+    rename=_NAMES.to_ours,
+    convert=_convert,
+    reads={
+        "conv_first.weight": 4,
+        "upsample.0.weight": 4,
+        "layers.0.blocks.0.fuse.attn.temperature": 3,
+        "layers.0.blocks.0.low.0.mlp.fc1.weight": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="params",
+    unlearned=("split_size", "img_range", "pad"),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(results: str) -> dict[str, Any]:
@@ -420,24 +414,9 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_craft(variant: str, pretrained: bool = False, **kwargs: Any) -> CRAFT:
-    return build_restoration(CRAFT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def craft_x2(pretrained: bool = False, **kwargs: Any) -> CRAFT:
-    """CRAFT x2: 0.74 M parameters."""
-    return _create_craft("craft_x2", pretrained, **{"upscale": 2, **kwargs})
-
-
-@register_model
-def craft_x3(pretrained: bool = False, **kwargs: Any) -> CRAFT:
-    """CRAFT x3: 0.74 M parameters."""
-    return _create_craft("craft_x3", pretrained, **{"upscale": 3, **kwargs})
-
-
-@register_model
-def craft_x4(pretrained: bool = False, **kwargs: Any) -> CRAFT:
-    """CRAFT x4: 0.75 M parameters, 3.5 GMACs for a 64x64 input."""
-    return _create_craft("craft_x4", pretrained, **{"upscale": 4, **kwargs})
+VARIANTS = {
+    "craft_x2": Variant("CRAFT x2: 0.74 M parameters.", upscale=2),
+    "craft_x3": Variant("CRAFT x3: 0.74 M parameters.", upscale=3),
+    "craft_x4": Variant("CRAFT x4: 0.75 M parameters, 3.5 GMACs for a 64x64 input.", upscale=4),
+}
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)

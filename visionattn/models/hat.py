@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.kernels import overlapping_window_attention, window_attention
@@ -20,16 +20,19 @@ from visionattn.layers.bands import convolved, pixelwise, windowed
 from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import on_nhwc
 from visionattn.layers.residual_group import add_convolved, run_blocks
-from visionattn.models.frames.common import drop_path_rates
+from visionattn.models.frames.common import drop_path_rates, init_linear
 from visionattn.models.frames.restorer import (
     ResidualRestorer,
     RestorationInfo,
     RestorationTask,
+    body_arguments,
     build_restoration,
     restoration_cfg,
-    upscale_of,
 )
-from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter, window_index
+from visionattn.models.hosts.swin_buffers import window_index
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["HAT"]
 
@@ -295,11 +298,8 @@ class HAT(ResidualRestorer):
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, WindowAttention):
+    init_linear(module)
+    if isinstance(module, WindowAttention):
         trunc_normal_(module.relative_position_bias_table, std=0.02)
 
 
@@ -316,14 +316,14 @@ _NAMES = Names(
 )
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names.
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our shapes, without the stored indices.
 
     Bias tables become `[heads, rows, columns]`, key minus query. The official window tables are query minus
     key; the official overlapping tables are indexed with an offset that makes some indices negative, so that
     they wrap round the end of the table.
     """
-    out = {_NAMES.to_ours(name): value for name, value in official.items() if "position_index" not in name}
+    out = {name: value for name, value in weights.items() if "position_index" not in name}
     for name, table in out.items():
         if name.endswith("relative_position_bias_table") and table.ndim == 2:
             table = table.unflatten(0, (round(table.shape[0] ** 0.5), -1)).permute(2, 0, 1)
@@ -367,15 +367,13 @@ def _to_official(weights: Weights, model: HAT) -> dict[str, Tensor]:
 
 
 def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
-    dim, in_chans = ours["conv_first.weight"][:2]
+    body = body_arguments(ours)
+    dim = body["embed_dim"]
     heads, side, _ = ours["layers.0.blocks.0.attn.relative_position_bias_table"]
     window = (side + 1) // 2
     overlap = (ours["layers.0.overlap_attn.attn.relative_position_bias_table"][1] + 1) // 2 - window
     return {
-        "in_chans": in_chans,
-        "upscale": upscale_of(ours),
-        "embed_dim": dim,
-        "depths": ours.lengths("layers", "blocks"),
+        **body,
         "num_heads": heads,
         "window_size": window,
         "compress_ratio": dim // ours["layers.0.blocks.0.channel_attn.conv1.weight"][0],
@@ -386,19 +384,25 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     }
 
 
-LAYOUTS = (
-    Layout(
-        "hat",
-        HAT,
-        (r"^layers\.0\.overlap_attn\.", r"\.channel_attn\.gate\."),
-        _to_ours,
-        _arguments,
-        _to_official,
-        wrapper="params_ema",
-        unlearned=("conv_scale", "img_range", "task"),
-    ),
+LAYOUT = Layout(
+    family="hat",
+    model_cls=HAT,
+    marks=(r"^layers\.0\.overlap_attn\.", r"\.channel_attn\.gate\."),
+    rename=_NAMES.to_ours,
+    convert=_convert,
+    reads={
+        "conv_first.weight": 4,
+        "layers.#.blocks.0.attn.relative_position_bias_table": 3,
+        "layers.0.overlap_attn.attn.relative_position_bias_table": 3,
+        "layers.0.blocks.0.channel_attn.conv1.weight": 4,
+        "layers.0.blocks.0.channel_attn.gate.1.weight": 4,
+        "layers.0.blocks.0.mlp.fc1.weight": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="params_ema",
+    unlearned=("conv_scale", "img_range", "task"),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(url: str = "", psnr: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -449,81 +453,31 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_hat(variant: str, pretrained: bool = False, **kwargs: Any) -> HAT:
-    return build_restoration(HAT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
-
-
 _HAT_S: dict[str, Any] = {"embed_dim": 144, "compress_ratio": 24, "squeeze_factor": 24}
 _HAT_L: dict[str, Any] = {"depths": (6,) * 12}
 
-
-@register_model
-def hat_s_x1(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-S at the same size, for `task="denoising"` or `"jpeg"`; not an official form."""
-    return _create_hat("hat_s_x1", pretrained, **{**_HAT_S, "upscale": 1, **kwargs})
-
-
-@register_model
-def hat_s_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-S x2: 9.5 M parameters."""
-    return _create_hat("hat_s_x2", pretrained, **{**_HAT_S, "upscale": 2, **kwargs})
-
-
-@register_model
-def hat_s_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-S x3: 9.7 M parameters."""
-    return _create_hat("hat_s_x3", pretrained, **{**_HAT_S, "upscale": 3, **kwargs})
-
-
-@register_model
-def hat_s_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-S x4: 9.6 M parameters, 54.6 GMACs for a 64x64 input."""
-    return _create_hat("hat_s_x4", pretrained, **{**_HAT_S, "upscale": 4, **kwargs})
-
-
-@register_model
-def hat_x1(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT at the same size, for `task="denoising"` or `"jpeg"`; not an official form."""
-    return _create_hat("hat_x1", pretrained, **{"upscale": 1, **kwargs})
-
-
-@register_model
-def hat_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT x2: 20.6 M parameters."""
-    return _create_hat("hat_x2", pretrained, **{"upscale": 2, **kwargs})
-
-
-@register_model
-def hat_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT x3: 20.8 M parameters."""
-    return _create_hat("hat_x3", pretrained, **{"upscale": 3, **kwargs})
-
-
-@register_model
-def hat_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT x4: 20.8 M parameters, 103.9 GMACs for a 64x64 input."""
-    return _create_hat("hat_x4", pretrained, **{"upscale": 4, **kwargs})
-
-
-@register_model
-def hat_l_x1(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-L at the same size, for `task="denoising"` or `"jpeg"`; not an official form."""
-    return _create_hat("hat_l_x1", pretrained, **{**_HAT_L, "upscale": 1, **kwargs})
-
-
-@register_model
-def hat_l_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-L x2: 40.7 M parameters."""
-    return _create_hat("hat_l_x2", pretrained, **{**_HAT_L, "upscale": 2, **kwargs})
-
-
-@register_model
-def hat_l_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-L x3: 40.9 M parameters."""
-    return _create_hat("hat_l_x3", pretrained, **{**_HAT_L, "upscale": 3, **kwargs})
-
-
-@register_model
-def hat_l_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-L x4: 40.8 M parameters, 203.0 GMACs for a 64x64 input."""
-    return _create_hat("hat_l_x4", pretrained, **{**_HAT_L, "upscale": 4, **kwargs})
+VARIANTS = {
+    "hat_s_x1": Variant(
+        'HAT-S at the same size, for `task="denoising"` or `"jpeg"`; not an official form.',
+        **_HAT_S,
+        upscale=1,
+    ),
+    "hat_s_x2": Variant("HAT-S x2: 9.5 M parameters.", **_HAT_S, upscale=2),
+    "hat_s_x3": Variant("HAT-S x3: 9.7 M parameters.", **_HAT_S, upscale=3),
+    "hat_s_x4": Variant("HAT-S x4: 9.6 M parameters, 54.6 GMACs for a 64x64 input.", **_HAT_S, upscale=4),
+    "hat_x1": Variant(
+        'HAT at the same size, for `task="denoising"` or `"jpeg"`; not an official form.', upscale=1
+    ),
+    "hat_x2": Variant("HAT x2: 20.6 M parameters.", upscale=2),
+    "hat_x3": Variant("HAT x3: 20.8 M parameters.", upscale=3),
+    "hat_x4": Variant("HAT x4: 20.8 M parameters, 103.9 GMACs for a 64x64 input.", upscale=4),
+    "hat_l_x1": Variant(
+        'HAT-L at the same size, for `task="denoising"` or `"jpeg"`; not an official form.',
+        **_HAT_L,
+        upscale=1,
+    ),
+    "hat_l_x2": Variant("HAT-L x2: 40.7 M parameters.", **_HAT_L, upscale=2),
+    "hat_l_x3": Variant("HAT-L x3: 40.9 M parameters.", **_HAT_L, upscale=3),
+    "hat_l_x4": Variant("HAT-L x4: 40.8 M parameters, 203.0 GMACs for a 64x64 input.", **_HAT_L, upscale=4),
+}
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)

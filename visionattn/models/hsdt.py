@@ -6,124 +6,27 @@ https://arxiv.org/abs/2303.09040. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
 from visionattn.layers.residual_group import run_blocks
+from visionattn.layers.volumes import DownConv, SpectralSpatialConv, UpConv, VolumeConv
 from visionattn.models.frames.restorer import RestorationInfo, Restorer, build_restoration, restoration_cfg
-from visionattn.models.registry.layout import Layout, Names, Shapes, Weights, converter
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["HSDT", "HSDTSSR"]
 
 Query = Literal["learned", "self"]
-
-_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-class SpectralSpatialConv(nn.Module):
-    """S3Conv: two 3x3 convolutions of every band, plus a convolution along three bands of the same input.
-
-    Both run as 2-D convolutions on channels-last memory, the spectral one on maps of bands by pixels: on a
-    CPU it takes a fifth of the time of a 3-D convolution.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.spatial1 = nn.Conv2d(in_dim, dim, 3, padding=1, bias=False, **dd)
-        self.spatial2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False, **dd)
-        self.act = nn.LeakyReLU(inplace=True)
-        self.spectral = nn.Conv2d(in_dim, dim, (3, 1), padding=(1, 0), bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, D, H, W, in_dim]` to `[B, D, H, W, dim]`."""
-        y = _on_maps(lambda maps: self.act(self.spatial2(self.act(self.spatial1(maps)))), x)
-        z = self.spectral(x.flatten(2, 3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return y + z.reshape(y.shape)
-
-    def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
-        """`then` of the output, by bands."""
-        return convolved(lambda rows: then(self(rows)), x, halo=2, dim=2)
-
-
-class VolumeConv(nn.Conv3d):
-    """A 3x3x3 convolution of `[B, D, H, W, C]`; arguments as `torch.nn.Conv3d`.
-
-    Small single images would be unfolded on a CPU, 27 times their size: they run as maps with the channels of
-    three bands each.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, H', W', C']`."""
-        x = input
-        # What is counted on the meta device may run on a CPU.
-        if torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta") or not _unfolds(x):
-            return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-        near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
-        three = torch.cat((near[:, :-2], x, near[:, 2:]), -1)
-        weight = self.weight.transpose(1, 2).flatten(1, 2)
-        return _on_maps(lambda maps: F.conv2d(maps, weight, self.bias, self.stride[1:], padding=1), three)
-
-
-class DownConv(VolumeConv):
-    """3-D convolution that halves the sides of the maps and doubles their channels."""
-
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, 2 * dim, 3, stride=(1, 2, 2), padding=1, bias=False, **dd)
-
-    def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
-        """`then` of the output, by bands."""
-        return convolved(lambda rows: then(self(rows)), x, halo=2, scale=Fraction(1, 2), dim=2)
-
-
-class UpConv(VolumeConv):
-    """Linear enlargement of the maps to twice their sides, then a 3-D convolution to half the channels."""
-
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, dim // 2, 3, padding=1, bias=False, **dd)
-
-    def forward(self, x: Tensor, places: Tensor | None = None, height: int | None = None) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`.
-
-        Args:
-            x: a map, or a band of its rows.
-            places: `[rows]`, which rows of the map these are, if `x` is a band.
-            height: rows of the map, if `x` is a band.
-        """
-        rows, columns = x.shape[2:4]
-        if places is not None and height != rows:
-            x = _double_rows(x, places, height or rows)
-        size = (x.shape[1], 2 * rows, 2 * columns)
-        # On channels-last memory, that of volumes is three times as fast as that of maps.
-        x = F.interpolate(x.permute(0, 4, 1, 2, 3), size, mode="trilinear", align_corners=True)
-        return super().forward(x.permute(0, 2, 3, 4, 1))
-
-    def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
-        """`then` of the output, by bands."""
-        height = x.shape[2]
-        places = torch.arange(height, device=x.device)[None, None]
-
-        def enlarge(rows: Tensor, places: Tensor) -> Tensor:
-            return then(self(rows, places[0, 0], height))
-
-        return convolved(enlarge, x, places, halo=2, scale=2, dim=2)
 
 
 class GuidedSpectralAttention(nn.Module):
@@ -392,33 +295,6 @@ class HSDTSSR(HSDT):
         return super().forward(F.leaky_relu(self.proj(x)))[..., :height, :width]
 
 
-def _on_maps(function: Any, x: Tensor) -> Tensor:
-    """A 2-D operation on every band of `[B, D, H, W, C]`; the permutations are views of its memory."""
-    y = function(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return y.unflatten(0, x.shape[:2])
-
-
-def _unfolds(x: Tensor) -> bool:
-    """Whether PyTorch on a CPU convolves `[B, D, H, W, C]` as a volume without oneDNN."""
-    batch, bands, height, _, channels = x.shape
-    return not _ONEDNN or (batch == 1 and bands * height * channels <= 20480)
-
-
-def _double_rows(x: Tensor, places: Tensor, height: int) -> Tensor:
-    """Linear enlargement along rows of a band `[B, D, rows, W, C]` of a map, its corners being aligned.
-
-    The numbers are those of `F.interpolate` on the whole map, which places the output rows in float32. Rows
-    that need others than those of the band, `places` `[rows]`, are wrong.
-    """
-    rows = torch.stack((2 * places, 2 * places + 1), 1).flatten().float()
-    rows = rows * (torch.tensor(float(height - 1), device=x.device) / (2 * height - 1))
-    upper = rows.floor()
-    upper_rows, lower_rows = (
-        x.index_select(2, (index.long() - places[0]).clamp(0, x.shape[2] - 1)) for index in (upper, upper + 1)
-    )
-    return torch.lerp(upper_rows, lower_rows, (rows - upper).to(x.dtype)[:, None, None])
-
-
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
         nn.init.xavier_normal_(module.weight)  # what the authors advise
@@ -441,11 +317,10 @@ _NAMES = Names(
 )
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names; 3-D convolutions of one band, or of one pixel, become 2-D ones."""
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """3-D convolutions of one band, or of one pixel, become 2-D ones."""
     out = {}
-    for name, value in official.items():
-        name = _NAMES.to_ours(name)
+    for name, value in weights.items():
         if value.ndim == 5 and ".spatial" in name:
             value = value.squeeze(2)
         elif value.ndim == 5 and ".spectral" in name:
@@ -480,16 +355,27 @@ def _arguments_ssr(ours: Shapes, official: Shapes) -> dict[str, Any]:
     return {**arguments, "bands": bands, "in_chans": ours["proj.weight"][1]}
 
 
+_READS = {"head.attn.queries.weight": 2, "head.conv.spatial1.weight": 4}
 _MARKS = (r"^head\.conv\.spectral\.", r"\.mlp\.gated\.")
-LAYOUTS = (
-    Layout(
-        *("hsdt", HSDTSSR, (*_MARKS, r"^proj\.weight$"), _to_ours, _arguments_ssr, _to_official),
-        wrapper="net",
-        unlearned=("query",),
-    ),
-    Layout("hsdt", HSDT, _MARKS, _to_ours, _arguments, _to_official, wrapper="net", unlearned=("query",)),
+LAYOUT = Layout(
+    family="hsdt",
+    model_cls=HSDT,
+    marks=_MARKS,
+    rename=_NAMES.to_ours,
+    convert=_convert,
+    reads=_READS,
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="net",
+    unlearned=("query",),
 )
-checkpoint_filter_fn = converter(_to_ours)
+_LAYOUT_SSR = replace(
+    LAYOUT,
+    model_cls=HSDTSSR,
+    marks=(*_MARKS, r"^proj\.weight$"),
+    reads={**_READS, "proj.weight": 4},
+    arguments=_arguments_ssr,
+)
 
 
 def _cfg(notes: Sequence[str] = (), channels: int = 31, **kwargs: Any) -> dict[str, Any]:
@@ -541,57 +427,28 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_hsdt(variant: str, pretrained: bool = False, model_cls: type = HSDT, **kwargs: Any) -> Any:
-    return build_restoration(
-        model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
-    )
-
-
-@register_model
-def hsdt_s(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-S: 0.13 M parameters, 189 GMACs for 31 bands of 512x512."""
-    return _create_hsdt("hsdt_s", pretrained, **{"embed_dim": 8, **kwargs})
-
-
-@register_model
-def hsdt_m(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-M: 0.52 M parameters, 750 GMACs for 31 bands of 512x512."""
-    return _create_hsdt("hsdt_m", pretrained, **{"embed_dim": 16, **kwargs})
-
-
-@register_model
-def hsdt_l(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-L: 2.09 M parameters, 1045 GMACs for 31 bands of 512x512."""
-    args = {"embed_dim": 16, "depth": 7, "downsample": (1, 3, 5)}
-    return _create_hsdt("hsdt_l", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def hsdt_4(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT of 4 channels: 0.04 M parameters."""
-    return _create_hsdt("hsdt_4", pretrained, **{"embed_dim": 4, **kwargs})
-
-
-@register_model
-def hsdt_24(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT of 24 channels: 1.16 M parameters."""
-    return _create_hsdt("hsdt_24", pretrained, **{"embed_dim": 24, **kwargs})
-
-
-@register_model
-def hsdt_32(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT of 32 channels: 2.05 M parameters."""
-    return _create_hsdt("hsdt_32", pretrained, **{"embed_dim": 32, **kwargs})
-
-
-@register_model
-def hsdt_pnp(pretrained: bool = False, **kwargs: Any) -> HSDT:
-    """HSDT-M that is told the level of the noise, for plug-and-play restoration: 0.52 M parameters."""
-    return _create_hsdt("hsdt_pnp", pretrained, **{"noise_map": True, **kwargs})
-
-
-@register_model
-def hsdt_ssr(pretrained: bool = False, **kwargs: Any) -> HSDTSSR:
-    """HSDT-M behind a linear layer, for spectral super-resolution of RGB images: 0.52 M parameters."""
-    return _create_hsdt("hsdt_ssr", pretrained, HSDTSSR, **kwargs)
+VARIANTS = {
+    "hsdt_s": Variant("HSDT-S: 0.13 M parameters, 189 GMACs for 31 bands of 512x512.", embed_dim=8),
+    "hsdt_m": Variant("HSDT-M: 0.52 M parameters, 750 GMACs for 31 bands of 512x512.", embed_dim=16),
+    "hsdt_l": Variant(
+        "HSDT-L: 2.09 M parameters, 1045 GMACs for 31 bands of 512x512.",
+        embed_dim=16,
+        depth=7,
+        downsample=(1, 3, 5),
+    ),
+    "hsdt_4": Variant("HSDT of 4 channels: 0.04 M parameters.", embed_dim=4),
+    "hsdt_24": Variant("HSDT of 24 channels: 1.16 M parameters.", embed_dim=24),
+    "hsdt_32": Variant("HSDT of 32 channels: 2.05 M parameters.", embed_dim=32),
+    "hsdt_pnp": Variant(
+        "HSDT-M that is told the level of the noise, for plug-and-play restoration: 0.52 M parameters.",
+        noise_map=True,
+    ),
+}
+_VARIANTS_SSR = {
+    "hsdt_ssr": Variant(
+        "HSDT-M behind a linear layer, for spectral super-resolution of RGB images: 0.52 M parameters."
+    ),
+}
+# The longer form first: weights with its linear layer have the marks of the other too.
+register(__name__, _LAYOUT_SSR, _VARIANTS_SSR, builder=build_restoration)
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)

@@ -6,15 +6,22 @@ https://arxiv.org/abs/2412.06590. Official code and weights: https://github.com/
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
-from torch import nn
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
 
 from visionattn.layers import InLineAttention2d
-from visionattn.models.hosts.build import build_host, host_cfg
-from visionattn.models.hosts.deit import DeiT, deit_arguments, deit_layout
-from visionattn.models.hosts.hosts import PVT, CSwin, Size, StreamBlock, Swin, host_arguments, host_layouts
+from visionattn.models.frames.common import Block, Size
+from visionattn.models.hosts import cswin, deit, pvt, swin
+from visionattn.models.hosts.cswin import CSwin
+from visionattn.models.hosts.deit import DeiT
+from visionattn.models.hosts.guest import Guest, host_cfg, register_guest
+from visionattn.models.hosts.pvt import PVT
+from visionattn.models.hosts.swin import Swin
+from visionattn.models.registry.variants import Variant
 
 __all__: list[str] = []
 
@@ -24,7 +31,6 @@ def _cfg(file: str, size: int, top1: float | None, host: type[nn.Module], **kwar
         host,
         f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1" if file else "",
         size,
-        license="unknown",
         paper_ids="arXiv:2412.06590",
         paper_name="Bridging the Divide: Reconsidering Softmax and Linear Attention",
         origin_url="https://github.com/LeapLabTHU/InLine",
@@ -54,162 +60,113 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _attention(dim: int, num_heads: int, *, stage: int, size: Size, **dd: Any) -> InLineAttention2d:
-    return InLineAttention2d(dim, num_heads, **dd)
+class StreamBlock(Block):
+    """A block whose attention also sees the mean of its input before the norm."""
+
+    def attend(self, x: Tensor, *args: Any) -> Tensor:
+        """The attention branch."""
+        return self.attn(self.norm1(x), mean=x.mean((1, 2)))
 
 
-def _attention_cswin(dim: int, num_heads: int, *, stage: int, size: Size, **dd: Any) -> InLineAttention2d:
-    return InLineAttention2d(dim, num_heads, static_conv=True, **dd)
+def _attention(
+    dim: int, num_heads: int, *, stage: int, size: Size, prefix: bool, static_conv: bool = False, **dd: Any
+) -> InLineAttention2d:
+    return InLineAttention2d(dim, num_heads, static_conv, **dd)
 
 
-def _create(host: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    kwargs.setdefault("attention", _attention)
-    return build_host(host, variant, pretrained, **kwargs)
-
-
-def _heads(shape: tuple[int, ...]) -> int:
-    """Groups of the grouped convolution that predicts the local residual."""
-    return shape[0] // shape[1]
-
-
-_MARK = "attn.residual.0.weight"
-LAYOUTS = (
-    *host_layouts(
-        "inline_attention", lambda ours, official: host_arguments(ours, _MARK, _heads), _MARK, ("img_size",)
-    ),
-    deit_layout("inline_attention", lambda ours, official: deit_arguments(ours, _MARK, _heads), _MARK, ()),
+INLINE = Guest(
+    family="inline_attention",
+    attention=_attention,
+    mark="residual.0.weight",
+    mark_dims=3,
+    # Groups of the grouped convolution that predicts the local residual.
+    heads=lambda shape: shape[0] // shape[1],
 )
+_INLINE_CSWIN = replace(INLINE, attention=partial(_attention, static_conv=True), block=StreamBlock)
 
+_DEIT_VARIANTS = {
+    "inline_deit_tiny": Variant(
+        "InLine-DeiT-T: 6.5 M parameters, 1.1 GMACs at 224.", embed_dim=192, num_heads=6
+    ),
+    "inline_deit_small": Variant(
+        "InLine-DeiT-S, narrower than DeiT-S: 16.7 M parameters, 5.0 GMACs at 288.",
+        embed_dim=320,
+        num_heads=10,
+        img_size=288,
+    ),
+    "inline_deit_base": Variant(
+        "InLine-DeiT-B, narrower than DeiT-B: 23.8 M parameters, 17.2 GMACs at 448.",
+        embed_dim=384,
+        num_heads=12,
+        img_size=448,
+    ),
+}
+_PVT_VARIANTS = {
+    "inline_pvt_tiny": Variant(
+        "InLine-PVT-T: 12.0 M parameters, 2.0 GMACs at 224.", depths=(2, 2, 2, 2), num_heads=(2, 4, 10, 16)
+    ),
+    "inline_pvt_small": Variant(
+        "InLine-PVT-S: 21.6 M parameters, 3.9 GMACs at 224.", depths=(3, 4, 6, 3), num_heads=(2, 4, 10, 16)
+    ),
+    "inline_pvt_medium": Variant(
+        "InLine-PVT-M: 37.6 M parameters, 6.9 GMACs at 224.", depths=(3, 4, 18, 3), num_heads=(2, 4, 10, 16)
+    ),
+    "inline_pvt_large": Variant(
+        "InLine-PVT-L: 51.2 M parameters, 10.2 GMACs at 224.", depths=(3, 8, 27, 3), num_heads=(2, 4, 10, 16)
+    ),
+}
+_SWIN_VARIANTS = {
+    "inline_swin_tiny": Variant(
+        "InLine-Swin-T: 29.2 M parameters, 4.5 GMACs at 224.", global_blocks=(2, 2, 6, 0)
+    ),
+    "inline_swin_small": Variant(
+        "InLine-Swin-S: 49.8 M parameters, 8.7 GMACs at 224.",
+        global_blocks=(2, 2, 0, 0),
+        depths=(2, 2, 18, 2),
+    ),
+    "inline_swin_base": Variant(
+        "InLine-Swin-B: 88.4 M parameters, 15.4 GMACs at 224.",
+        global_blocks=(2, 2, 2, 0),
+        depths=(2, 2, 18, 2),
+        embed_dim=128,
+        num_heads=(4, 8, 16, 32),
+    ),
+    "inline_swin_base_384": Variant(
+        "InLine-Swin-B at 384.",
+        global_blocks=(2, 2, 2, 0),
+        depths=(2, 2, 18, 2),
+        embed_dim=128,
+        num_heads=(4, 8, 16, 32),
+        img_size=384,
+        window_size=12,
+    ),
+}
+_CSWIN_VARIANTS = {
+    "inline_cswin_tiny": Variant("InLine-CSwin-T: 20.6 M parameters, 4.3 GMACs at 224."),
+    "inline_cswin_small": Variant(
+        "InLine-CSwin-S: 33.0 M parameters, 6.8 GMACs at 224.",
+        global_blocks=(3, 6, 0, 0),
+        depths=(3, 6, 29, 2),
+    ),
+    "inline_cswin_base": Variant(
+        "InLine-CSwin-B: 73.4 M parameters, 14.9 GMACs at 224.",
+        global_blocks=(3, 6, 0, 0),
+        depths=(3, 6, 29, 2),
+        embed_dim=96,
+        num_heads=(4, 8, 16, 32),
+    ),
+    "inline_cswin_base_384": Variant(
+        "InLine-CSwin-B at 384: 46.3 GMACs.",
+        global_blocks=(3, 6, 0, 0),
+        depths=(3, 6, 29, 2),
+        embed_dim=96,
+        num_heads=(4, 8, 16, 32),
+        img_size=384,
+        stripe=12,
+    ),
+}
 
-@register_model
-def inline_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """InLine-DeiT-T: 6.5 M parameters, 1.1 GMACs at 224."""
-    args: dict[str, Any] = {"embed_dim": 192, "num_heads": 6}
-    return _create(DeiT, "inline_deit_tiny", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """InLine-DeiT-S, narrower than DeiT-S: 16.7 M parameters, 5.0 GMACs at 288."""
-    args: dict[str, Any] = {"embed_dim": 320, "num_heads": 10, "img_size": 288}
-    return _create(DeiT, "inline_deit_small", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """InLine-DeiT-B, narrower than DeiT-B: 23.8 M parameters, 17.2 GMACs at 448."""
-    args: dict[str, Any] = {"embed_dim": 384, "num_heads": 12, "img_size": 448}
-    return _create(DeiT, "inline_deit_base", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """InLine-PVT-T: 12.0 M parameters, 2.0 GMACs at 224."""
-    args: dict[str, Any] = {"depths": (2, 2, 2, 2), "num_heads": (2, 4, 10, 16)}
-    return _create(PVT, "inline_pvt_tiny", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """InLine-PVT-S: 21.6 M parameters, 3.9 GMACs at 224."""
-    args: dict[str, Any] = {"depths": (3, 4, 6, 3), "num_heads": (2, 4, 10, 16)}
-    return _create(PVT, "inline_pvt_small", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """InLine-PVT-M: 37.6 M parameters, 6.9 GMACs at 224."""
-    args: dict[str, Any] = {"depths": (3, 4, 18, 3), "num_heads": (2, 4, 10, 16)}
-    return _create(PVT, "inline_pvt_medium", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """InLine-PVT-L: 51.2 M parameters, 10.2 GMACs at 224."""
-    args: dict[str, Any] = {"depths": (3, 8, 27, 3), "num_heads": (2, 4, 10, 16)}
-    return _create(PVT, "inline_pvt_large", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """InLine-Swin-T: 29.2 M parameters, 4.5 GMACs at 224."""
-    args: dict[str, Any] = {"global_blocks": (2, 2, 6, 0)}
-    return _create(Swin, "inline_swin_tiny", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """InLine-Swin-S: 49.8 M parameters, 8.7 GMACs at 224."""
-    args: dict[str, Any] = {"global_blocks": (2, 2, 0, 0), "depths": (2, 2, 18, 2)}
-    return _create(Swin, "inline_swin_small", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """InLine-Swin-B: 88.4 M parameters, 15.4 GMACs at 224."""
-    args: dict[str, Any] = {
-        "global_blocks": (2, 2, 2, 0),
-        "depths": (2, 2, 18, 2),
-        "embed_dim": 128,
-        "num_heads": (4, 8, 16, 32),
-    }
-    return _create(Swin, "inline_swin_base", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_swin_base_384(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """InLine-Swin-B at 384."""
-    args: dict[str, Any] = {
-        "global_blocks": (2, 2, 2, 0),
-        "depths": (2, 2, 18, 2),
-        "embed_dim": 128,
-        "num_heads": (4, 8, 16, 32),
-        "img_size": 384,
-        "window_size": 12,
-    }
-    return _create(Swin, "inline_swin_base_384", pretrained, **{**args, **kwargs})
-
-
-_CSWIN: dict[str, Any] = {"attention": _attention_cswin, "block": StreamBlock}
-
-
-@register_model
-def inline_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSwin:
-    """InLine-CSwin-T: 20.6 M parameters, 4.3 GMACs at 224."""
-    args: dict[str, Any] = {**_CSWIN}
-    return _create(CSwin, "inline_cswin_tiny", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSwin:
-    """InLine-CSwin-S: 33.0 M parameters, 6.8 GMACs at 224."""
-    args: dict[str, Any] = {**_CSWIN, "global_blocks": (3, 6, 0, 0), "depths": (3, 6, 29, 2)}
-    return _create(CSwin, "inline_cswin_small", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSwin:
-    """InLine-CSwin-B: 73.4 M parameters, 14.9 GMACs at 224."""
-    args: dict[str, Any] = {
-        **_CSWIN,
-        "global_blocks": (3, 6, 0, 0),
-        "depths": (3, 6, 29, 2),
-        "embed_dim": 96,
-        "num_heads": (4, 8, 16, 32),
-    }
-    return _create(CSwin, "inline_cswin_base", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def inline_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> CSwin:
-    """InLine-CSwin-B at 384: 46.3 GMACs."""
-    args: dict[str, Any] = {
-        **_CSWIN,
-        "global_blocks": (3, 6, 0, 0),
-        "depths": (3, 6, 29, 2),
-        "embed_dim": 96,
-        "num_heads": (4, 8, 16, 32),
-        "img_size": 384,
-        "stripe": 12,
-    }
-    return _create(CSwin, "inline_cswin_base_384", pretrained, **{**args, **kwargs})
+register_guest(__name__, INLINE, deit.layout, _DEIT_VARIANTS)
+register_guest(__name__, INLINE, pvt.layout, _PVT_VARIANTS)
+register_guest(__name__, INLINE, swin.layout, _SWIN_VARIANTS)
+register_guest(__name__, _INLINE_CSWIN, cswin.layout, _CSWIN_VARIANTS)

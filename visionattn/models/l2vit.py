@@ -11,23 +11,16 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers import LinearAttention2d, WindowAttention2d
 from visionattn.layers.maps import fill_up, on_nhwc
-from visionattn.models.frames.common import drop_path_rates
-from visionattn.models.frames.pyramid import Block, Pyramid, Stage, convolve
-from visionattn.models.registry.layout import (
-    CLASSIFIER,
-    Layout,
-    Names,
-    Shapes,
-    Weights,
-    build,
-    classes_of,
-    converter,
-)
+from visionattn.models.frames.common import Block, build_backbone, convolve, drop_path_rates
+from visionattn.models.frames.pyramid import MapSequential, Pyramid, Stage
+from visionattn.models.registry.names import CLASSIFIER, Names
+from visionattn.models.registry.shapes import Shapes, classes_of
+from visionattn.models.registry.variants import Layout, Variant, register
 
 __all__ = ["L2ViT"]
 
@@ -44,7 +37,7 @@ class Stem(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.proj = nn.Sequential(
+        self.proj = MapSequential(
             nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
             nn.BatchNorm2d(dim // 2, **dd),
             nn.ReLU(),
@@ -54,7 +47,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(on_nhwc(self.proj, fill_up(x, (4, 4))))
+        return self.norm(self.proj(fill_up(x, (4, 4))))
 
 
 class Downsample(nn.Module):
@@ -219,14 +212,6 @@ _NAMES = Names(
 )
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    return {_NAMES.to_ours(name): value for name, value in official.items()}
-
-
-def _to_official(weights: Weights, model: L2ViT) -> dict[str, Tensor]:
-    return {_NAMES.to_official(name): value for name, value in weights.items()}
-
-
 def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     depths = ours.lengths("stages", "blocks")
     dims = tuple(ours[f"stages.{i}.blocks.0.norm1.weight"][0] for i in range(len(depths)))
@@ -241,15 +226,22 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     }
 
 
-LAYOUTS = (
-    Layout(
-        *("l2vit", L2ViT, (r"\.local_mp\.bn\.", r"\.attn\.temperature$")),
-        *(_to_ours, _arguments, _to_official),
-        wrapper="model",
-        unlearned=("window_size",),
-    ),
+LAYOUT = Layout(
+    family="l2vit",
+    model_cls=L2ViT,
+    marks=(r"\.local_mp\.bn\.", r"\.attn\.temperature$"),
+    rename=_NAMES.to_ours,
+    reads={
+        "stem.proj.0.weight": 4,
+        "stages.#.blocks.0.norm1.weight": 1,
+        "stages.#.blocks.1.attn.temperature": 3,
+        "stages.0.blocks.0.mlp.fc1.weight": 2,
+    },
+    arguments=_arguments,
+    to_official=_NAMES.official_weights,
+    wrapper="model",
+    unlearned=("window_size",),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(file: str, top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -292,43 +284,18 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_l2vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L2ViT:
-    return build(
-        L2ViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 _BASE: dict[str, Any] = {
     "depths": (2, 2, 18, 2),
     "embed_dims": (128, 256, 512, 1024),
     "num_heads": (4, 8, 16, 32),
 }
 
-
-@register_model
-def l2vit_t(pretrained: bool = False, **kwargs: Any) -> L2ViT:
-    """L2ViT-T: 28.6 M parameters, 4.7 GMACs at 224."""
-    return _create_l2vit("l2vit_t", pretrained, **kwargs)
-
-
-@register_model
-def l2vit_s(pretrained: bool = False, **kwargs: Any) -> L2ViT:
-    """L2ViT-S: 50.2 M parameters, 9.0 GMACs at 224."""
-    return _create_l2vit("l2vit_s", pretrained, **{"depths": (2, 2, 18, 2), **kwargs})
-
-
-@register_model
-def l2vit_b(pretrained: bool = False, **kwargs: Any) -> L2ViT:
-    """L2ViT-B: 88.6 M parameters, 15.9 GMACs at 224."""
-    return _create_l2vit("l2vit_b", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def l2vit_b_384(pretrained: bool = False, **kwargs: Any) -> L2ViT:
-    """L2ViT-B with windows of 12 pixels, for 384: 88.6 M parameters, 47.5 GMACs."""
-    return _create_l2vit("l2vit_b_384", pretrained, **{**_BASE, "window_size": 12, **kwargs})
+VARIANTS = {
+    "l2vit_t": Variant("L2ViT-T: 28.6 M parameters, 4.7 GMACs at 224."),
+    "l2vit_s": Variant("L2ViT-S: 50.2 M parameters, 9.0 GMACs at 224.", depths=(2, 2, 18, 2)),
+    "l2vit_b": Variant("L2ViT-B: 88.6 M parameters, 15.9 GMACs at 224.", **_BASE),
+    "l2vit_b_384": Variant(
+        "L2ViT-B with windows of 12 pixels, for 384: 88.6 M parameters, 47.5 GMACs.", **_BASE, window_size=12
+    ),
+}
+register(__name__, LAYOUT, VARIANTS, builder=build_backbone)

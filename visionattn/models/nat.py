@@ -12,28 +12,17 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint_seq
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers import NeighborhoodAttention2d
-from visionattn.layers.linear import Linear, Mlp, add_pixelwise
-from visionattn.layers.maps import is_needed
-from visionattn.models.frames.backbone import Backbone, CheckpointedStage
-from visionattn.models.frames.common import drop_path_rates
-from visionattn.models.registry.layout import (
-    CLASSIFIER,
-    Layout,
-    Names,
-    Shapes,
-    Weights,
-    build,
-    classes_of,
-    converter,
-    window_index,
-)
+from visionattn.layers.maps import fill_up, on_nhwc
+from visionattn.models.frames.common import Block, build_backbone, drop_path_rates
+from visionattn.models.frames.pyramid import PatchMerging, Pyramid, Stage
+from visionattn.models.hosts.swin_buffers import window_index
+from visionattn.models.registry.names import CLASSIFIER, Names
+from visionattn.models.registry.shapes import Shapes, classes_of
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["NAT", "TASK_DILATIONS"]
 
@@ -56,50 +45,6 @@ TASK_DILATIONS: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
-class Block(nn.Module):
-    """Neighborhood attention and an MLP: two residual branches on `[B, H, W, C]`.
-
-    Args:
-        dim: channels.
-        num_heads: attention heads.
-        kernel_size: side of the neighborhood.
-        dilation: pixels from one key to the next.
-        mlp_ratio: hidden width of the MLP, as a multiple of `dim`.
-        drop_path: stochastic depth of both branches.
-        layer_scale: initial factor per channel of both branches, None for none.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        kernel_size: int,
-        dilation: int,
-        mlp_ratio: float,
-        drop_path: float,
-        layer_scale: float | None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = NeighborhoodAttention2d(dim, num_heads, kernel_size, dilation, **dd)
-        self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, **dd)
-        self.hidden_dim = int(mlp_ratio * dim)
-        self.mlp = Mlp(dim, self.hidden_dim, **dd)
-        self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return add_pixelwise(x, self._feed_forward, self.hidden_dim, self.training)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-
 class ConvDownsample(nn.Module):
     """Overlapping 3x3 convolution of stride 2, then a norm: `[B, H, W, C]` to `[B, H / 2, W / 2, dim]`."""
 
@@ -119,31 +64,8 @@ class ConvDownsample(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class PatchMerging(nn.Module):
-    """Swin's merging of 2x2 pixels, a norm, a projection: `[B, H, W, C]` to `[B, H / 2, W / 2, dim]`."""
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(4 * in_dim, **dd)
-        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bottom, right = x.shape[1] % 2, x.shape[2] % 2
-        x = F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-        # Of the four pixels, rows run fastest: (0, 0), (1, 0), (0, 1), (1, 1).
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
-
-
 class Stem(nn.Module):
-    """Images `[B, in_chans, H, W]` to normalised patches `[B, dim, H / r, W / r]`.
+    """Images to normalised patches, `[B, H, W, C]` in and out.
 
     Args:
         in_chans: image channels.
@@ -171,31 +93,13 @@ class Stem(nn.Module):
                 nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
             )
         )
-        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.patch_size > 1:
-            bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
-            x = F.pad(x, (0, right, 0, bottom)) if is_needed(bottom, right) else x
-        # Blocks work on channels-last maps; from here on no permutation copies.
-        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(on_nhwc(self.proj, fill_up(x, (self.patch_size, self.patch_size))))
 
 
-class Stage(CheckpointedStage):
-    """Downsampling and blocks; `[B, C, H, W]` in and out, channels last in memory."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x.permute(0, 2, 3, 1))
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
-        return x.permute(0, 3, 1, 2)
-
-
-class NAT(Backbone):
+class NAT(Pyramid):
     """NAT, DiNAT, DiNAT_s and their isotropic forms: one network with other sizes.
 
     Any input size works: odd maps are rounded up, maps smaller than a neighborhood are filled up inside the
@@ -240,42 +144,33 @@ class NAT(Backbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        reduction = patch_size or 4
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.min_size = 1
-        self.feature_info = [
-            {"num_chs": dim, "reduction": reduction * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(dims)
-        ]
-
         rates = drop_path_rates(drop_path_rate, sum(depths))
         steps = [d for stage in _dilations_of_blocks(dilations, depths) for d in stage]
         settings = iter(zip(steps, rates))
         downsample = PatchMerging if patch_size else ConvDownsample
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads)):
-            blocks = [
-                Block(dim, heads, kernel_size, dilation, mlp_ratio, rate, layer_scale, **dd)
-                for dilation, rate in islice(settings, depth)
-            ]
-            stages.append(Stage(downsample(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
-        self.stem = Stem(in_chans, embed_dim, patch_size, **dd)
-        self.stages = nn.Sequential(*stages)
-        self.extra_norms = (
-            nn.ModuleList(LayerNorm2d(dim, eps=1e-5, **dd) for dim in dims) if extra_norms else None
+            blocks = []
+            for dilation, rate in islice(settings, depth):
+                attn = NeighborhoodAttention2d(dim, heads, kernel_size, dilation, **dd)
+                blocks.append(Block(dim, attn, mlp_ratio, rate, layer_scale=layer_scale, **dd))
+            stages.append(Stage(dim, downsample(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
+        super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate,
+            stem=Stem(in_chans, embed_dim, patch_size, **dd),
+            stages=stages,
+            norm=nn.LayerNorm(dims[-1], **dd),
+            norm_eps=1e-5,
+            extra_norms=extra_norms,
+            min_size=1,
+            reductions=[(patch_size or 4) * 2**i for i in range(len(dims))],
+            **dd,
         )
-        self.norm = LayerNorm2d(dims[-1], eps=1e-5, **dd)
-        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
-        self.apply(_init_weights)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: the biases."""
-        return {name for name, _ in self.named_parameters() if name.endswith("attn.rpb")}
 
 
 def _dilations_of_blocks(
@@ -292,13 +187,6 @@ def _dilations_of_blocks(
             f"dilations must name at least one for each of {len(depths)} stages, got {dilations}"
         )
     return [list(islice(cycle(steps[-depth:]), depth)) for steps, depth in zip(dilations, depths)]
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # The official networks have a stage's downsampling at the end of the stage before; the isotropic ones have
@@ -321,15 +209,15 @@ _LEVELS, _LAYERS = (
 _ISOTROPIC_NAMES = Names(*_RULES, ("^layers.#.", "^stages.0.blocks.#."))
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names, without the index that the baseline with full attention stores."""
-    out = {}
-    for name, value in official.items():
-        for names in (_LEVELS, _LAYERS, _ISOTROPIC_NAMES):
-            name = names.to_ours(name)
-        if not name.endswith("relative_position_index"):
-            out[name] = value
-    return out
+def _rename(name: str) -> str:
+    for names in (_LEVELS, _LAYERS, _ISOTROPIC_NAMES):
+        name = names.to_ours(name)
+    return name
+
+
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the index that the baseline with full attention stores."""
+    return {name: v for name, v in weights.items() if not name.endswith("relative_position_index")}
 
 
 def _to_official(weights: Weights, model: NAT) -> dict[str, Tensor]:
@@ -346,37 +234,43 @@ def _to_official(weights: Weights, model: NAT) -> dict[str, Tensor]:
     return out
 
 
-def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
+def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any] | None:
     depths = ours.lengths("stages", "blocks")
     tables = [ours[f"stages.{i}.blocks.0.attn.rpb"] for i in range(len(depths))]
     dim = ours["stages.0.blocks.0.norm1.weight"][0]
-    stem = ours.get("stem.proj.weight")
+    patches, overlapping = ours.get("stem.proj.weight"), ours.get("stem.proj.0.weight")
+    stem = patches or overlapping
+    if stem is None or len(stem) != 4:
+        return None
     return {
-        "in_chans": (stem or ours["stem.proj.0.weight"])[1],
+        "in_chans": stem[1],
         "num_classes": classes_of(ours),
         "embed_dim": dim,
         "depths": depths,
         "num_heads": tuple(table[0] for table in tables),
         "kernel_size": (tables[0][1] + 1) // 2,
         "mlp_ratio": ours["stages.0.blocks.0.mlp.fc1.weight"][0] / dim,
-        "patch_size": stem[-1] if stem else None,
+        "patch_size": patches[-1] if patches else None,
         "layer_scale": 1e-5 if "stages.0.blocks.0.ls1.gamma" in ours else None,
         "extra_norms": "extra_norms.0.weight" in ours,
     }
 
 
-LAYOUTS = (
-    Layout(
-        "nat",
-        NAT,
-        (r"^stages\.0\.blocks\.0\.attn\.rpb$",),
-        _to_ours,
-        _arguments,
-        _to_official,
-        unlearned=("dilations",),
-    ),
+LAYOUT = Layout(
+    family="nat",
+    model_cls=NAT,
+    marks=(r"^stages\.0\.blocks\.0\.attn\.rpb$",),
+    rename=_rename,
+    convert=_convert,
+    reads={
+        "stages.#.blocks.0.attn.rpb": 3,
+        "stages.0.blocks.0.norm1.weight": 1,
+        "stages.0.blocks.0.mlp.fc1.weight": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    unlearned=("dilations",),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(file: str, top1: float | None, **kwargs: Any) -> dict[str, Any]:
@@ -444,18 +338,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
-    stages = len(kwargs["depths"])
-    return build(
-        NAT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(stages)), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 _MINI: dict[str, Any] = {"embed_dim": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3}
 _TINY: dict[str, Any] = {**_MINI, "depths": (3, 4, 18, 5)}
 _SMALL: dict[str, Any] = {**_TINY, "embed_dim": 96, "num_heads": (3, 6, 12, 24), "mlp_ratio": 2}
@@ -475,144 +357,69 @@ _ISO_SMALL: dict[str, Any] = {
 }
 _ISO_BASE: dict[str, Any] = {**_ISO_SMALL, "embed_dim": 768, "num_heads": (24,)}
 
-
-@register_model
-def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT-Mini: 20.0 M parameters, 2.7 GMACs at 224."""
-    return _create_nat("nat_mini", pretrained, **{**_MINI, **kwargs})
-
-
-@register_model
-def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT-Tiny: 27.9 M parameters, 4.3 GMACs at 224."""
-    return _create_nat("nat_tiny", pretrained, **{**_TINY, **kwargs})
-
-
-@register_model
-def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT-Small, with layer scale: 50.7 M parameters, 7.8 GMACs at 224."""
-    return _create_nat("nat_small", pretrained, **{**_SMALL, "layer_scale": 1e-5, **kwargs})
-
-
-@register_model
-def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT-Base: 89.8 M parameters, 13.7 GMACs at 224."""
-    return _create_nat("nat_base", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Mini: 20.0 M parameters, 2.7 GMACs at 224."""
-    return _create_nat("dinat_mini", pretrained, **{**_MINI, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Tiny: 27.9 M parameters, 4.3 GMACs at 224."""
-    return _create_nat("dinat_tiny", pretrained, **{**_TINY, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Small: 50.7 M parameters, 7.8 GMACs at 224."""
-    return _create_nat("dinat_small", pretrained, **{**_SMALL, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Base: 89.8 M parameters, 13.7 GMACs at 224."""
-    return _create_nat("dinat_base", pretrained, **{**_BASE, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Large: 200.9 M parameters, 30.6 GMACs at 224."""
-    return _create_nat("dinat_large", pretrained, **{**_LARGE, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Large with the dilations for 384: 200.9 M parameters, 89.7 GMACs at 384."""
-    return _create_nat("dinat_large_384", pretrained, **{**_LARGE, **_DILATED_384, **kwargs})
-
-
-@register_model
-def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Large with 11x11 neighborhoods: 201.1 M parameters, 92.4 GMACs at 384."""
-    return _create_nat(
-        "dinat_large_384_11x11", pretrained, **{**_LARGE, **_DILATED, "kernel_size": 11, **kwargs}
-    )
-
-
-@register_model
-def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT_s-Tiny, the layout of Swin-T: 28.3 M parameters, 4.5 GMACs at 224."""
-    return _create_nat(
-        "dinat_s_tiny", pretrained, **{**_S_TINY, "embed_dim": 96, "num_heads": (3, 6, 12, 24), **kwargs}
-    )
-
-
-@register_model
-def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT_s-Small: 49.6 M parameters, 8.7 GMACs at 224."""
-    return _create_nat(
-        "dinat_s_small", pretrained, **{**_S_SMALL, "embed_dim": 96, "num_heads": (3, 6, 12, 24), **kwargs}
-    )
-
-
-@register_model
-def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT_s-Base: 87.8 M parameters, 15.4 GMACs at 224."""
-    return _create_nat(
-        "dinat_s_base", pretrained, **{**_S_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), **kwargs}
-    )
-
-
-@register_model
-def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT_s-Large: 196.5 M parameters, 34.5 GMACs at 224."""
-    return _create_nat("dinat_s_large", pretrained, **{**_S_LARGE, **kwargs})
-
-
-@register_model
-def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT_s-Large with the dilations for 384: 196.5 M parameters, 101.5 GMACs at 384."""
-    return _create_nat("dinat_s_large_384", pretrained, **{**_S_LARGE, **_DILATED_384, **kwargs})
-
-
-@register_model
-def nat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT with one stage of 16x16 patches: 22.0 M parameters."""
-    return _create_nat("nat_isotropic_small", pretrained, **{**_ISO_SMALL, **kwargs})
-
-
-@register_model
-def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT with one stage of 16x16 patches: 86.5 M parameters."""
-    return _create_nat("nat_isotropic_base", pretrained, **{**_ISO_BASE, **kwargs})
-
-
-@register_model
-def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT with one stage of 16x16 patches: 22.0 M parameters."""
-    return _create_nat(
-        "dinat_isotropic_small", pretrained, **{**_ISO_SMALL, "dilations": ((1, 2),), **kwargs}
-    )
-
-
-@register_model
-def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT with one stage of 16x16 patches: 86.5 M parameters."""
-    return _create_nat("dinat_isotropic_base", pretrained, **{**_ISO_BASE, "dilations": ((1, 2),), **kwargs})
-
-
-@register_model
-def vitrpb_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """The ViT baseline: full attention with a relative bias at 224, 14x14 neighborhoods above."""
-    return _create_nat("vitrpb_small", pretrained, **{**_ISO_SMALL, "kernel_size": 14, **kwargs})
-
-
-@register_model
-def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """The ViT baseline: full attention with a relative bias at 224, 14x14 neighborhoods above."""
-    return _create_nat("vitrpb_base", pretrained, **{**_ISO_BASE, "kernel_size": 14, **kwargs})
+VARIANTS = {
+    "nat_mini": Variant("NAT-Mini: 20.0 M parameters, 2.7 GMACs at 224.", **_MINI),
+    "nat_tiny": Variant("NAT-Tiny: 27.9 M parameters, 4.3 GMACs at 224.", **_TINY),
+    "nat_small": Variant(
+        "NAT-Small, with layer scale: 50.7 M parameters, 7.8 GMACs at 224.", **_SMALL, layer_scale=1e-5
+    ),
+    "nat_base": Variant("NAT-Base: 89.8 M parameters, 13.7 GMACs at 224.", **_BASE),
+    "dinat_mini": Variant("DiNAT-Mini: 20.0 M parameters, 2.7 GMACs at 224.", **_MINI, **_DILATED),
+    "dinat_tiny": Variant("DiNAT-Tiny: 27.9 M parameters, 4.3 GMACs at 224.", **_TINY, **_DILATED),
+    "dinat_small": Variant("DiNAT-Small: 50.7 M parameters, 7.8 GMACs at 224.", **_SMALL, **_DILATED),
+    "dinat_base": Variant("DiNAT-Base: 89.8 M parameters, 13.7 GMACs at 224.", **_BASE, **_DILATED),
+    "dinat_large": Variant("DiNAT-Large: 200.9 M parameters, 30.6 GMACs at 224.", **_LARGE, **_DILATED),
+    "dinat_large_384": Variant(
+        "DiNAT-Large with the dilations for 384: 200.9 M parameters, 89.7 GMACs at 384.",
+        **_LARGE,
+        **_DILATED_384,
+    ),
+    "dinat_large_384_11x11": Variant(
+        "DiNAT-Large with 11x11 neighborhoods: 201.1 M parameters, 92.4 GMACs at 384.",
+        **_LARGE,
+        **_DILATED,
+        kernel_size=11,
+    ),
+    "dinat_s_tiny": Variant(
+        "DiNAT_s-Tiny, the layout of Swin-T: 28.3 M parameters, 4.5 GMACs at 224.",
+        **_S_TINY,
+        embed_dim=96,
+        num_heads=(3, 6, 12, 24),
+    ),
+    "dinat_s_small": Variant(
+        "DiNAT_s-Small: 49.6 M parameters, 8.7 GMACs at 224.",
+        **_S_SMALL,
+        embed_dim=96,
+        num_heads=(3, 6, 12, 24),
+    ),
+    "dinat_s_base": Variant(
+        "DiNAT_s-Base: 87.8 M parameters, 15.4 GMACs at 224.",
+        **_S_SMALL,
+        embed_dim=128,
+        num_heads=(4, 8, 16, 32),
+    ),
+    "dinat_s_large": Variant("DiNAT_s-Large: 196.5 M parameters, 34.5 GMACs at 224.", **_S_LARGE),
+    "dinat_s_large_384": Variant(
+        "DiNAT_s-Large with the dilations for 384: 196.5 M parameters, 101.5 GMACs at 384.",
+        **(_S_LARGE | _DILATED_384),
+    ),
+    "nat_isotropic_small": Variant("NAT with one stage of 16x16 patches: 22.0 M parameters.", **_ISO_SMALL),
+    "nat_isotropic_base": Variant("NAT with one stage of 16x16 patches: 86.5 M parameters.", **_ISO_BASE),
+    "dinat_isotropic_small": Variant(
+        "DiNAT with one stage of 16x16 patches: 22.0 M parameters.", **_ISO_SMALL, dilations=((1, 2),)
+    ),
+    "dinat_isotropic_base": Variant(
+        "DiNAT with one stage of 16x16 patches: 86.5 M parameters.", **_ISO_BASE, dilations=((1, 2),)
+    ),
+    "vitrpb_small": Variant(
+        "The ViT baseline: full attention with a relative bias at 224, 14x14 neighborhoods above.",
+        **_ISO_SMALL,
+        kernel_size=14,
+    ),
+    "vitrpb_base": Variant(
+        "The ViT baseline: full attention with a relative bias at 224, 14x14 neighborhoods above.",
+        **_ISO_BASE,
+        kernel_size=14,
+    ),
+}
+register(__name__, LAYOUT, VARIANTS, builder=build_backbone)

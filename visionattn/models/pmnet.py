@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers.bands import convolved, folded, pixelwise
 from visionattn.layers.residual_group import run_blocks
 from visionattn.models.frames.restorer import RestorationInfo, Restorer, build_restoration, restoration_cfg
-from visionattn.models.registry.layout import Layout, Shapes
+from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.variants import Layout, Variant, register
 
 __all__ = ["Dehazed", "PMNet"]
 
@@ -413,11 +414,18 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
 
 
 # There is no other layout than ours.
-LAYOUTS = (
-    Layout(
-        *("pmnet", PMNet, (r"^shallow\.blocks\.0\.cot\.", r"^density\."), dict, _arguments),
-        lambda weights, model: dict(weights),
-    ),
+LAYOUT = Layout(
+    family="pmnet",
+    model_cls=PMNet,
+    marks=(r"^shallow\.blocks\.0\.cot\.", r"^density\."),
+    reads={
+        "shallow.down1.weight": 4,
+        "shallow.down2.weight": 4,
+        "deep.conv_in.weight": 4,
+        "density.conv1.weight": 4,
+    },
+    arguments=_arguments,
+    to_official=lambda weights, model: dict(weights),
 )
 
 
@@ -449,19 +457,16 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_pmnet(variant: str, pretrained: bool = False, **kwargs: Any) -> PMNet:
-    return build_restoration(PMNet, variant, pretrained, **kwargs)
-
-
-@register_model
-def pmnet(pretrained: bool = False, **kwargs: Any) -> PMNet:
-    """PMNet as published: 20.0 M parameters."""
-    return _create_pmnet("pmnet", pretrained, **kwargs)
-
-
-@register_model
-def pmnet_small(pretrained: bool = False, **kwargs: Any) -> PMNet:
-    """A small PMNet for trials, no official form: 0.1 M parameters."""
-    args = {"mid_dim": 16, "embed_dim": 32, "deep_dim": 8, "depth": 2, "deep_depth": 3, "density_dim": 16}
-    return _create_pmnet("pmnet_small", pretrained, **{**args, **kwargs})
+VARIANTS = {
+    "pmnet": Variant("PMNet as published: 20.0 M parameters."),
+    "pmnet_small": Variant(
+        "A small PMNet for trials, no official form: 0.1 M parameters.",
+        mid_dim=16,
+        embed_dim=32,
+        deep_dim=8,
+        depth=2,
+        deep_depth=3,
+        density_dim=16,
+    ),
+}
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import DropPath
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers.bands import convolved, pixelwise
@@ -22,25 +22,18 @@ from visionattn.layers.linear import Linear
 from visionattn.layers.maps import on_nhwc
 from visionattn.layers.rectangle_window import RectangleWindowAttention
 from visionattn.layers.residual_group import ResidualGroup
-from visionattn.models.frames.common import drop_path_rates
+from visionattn.models.frames.common import drop_path_rates, init_linear
 from visionattn.models.frames.restorer import (
     ResidualRestorer,
     RestorationInfo,
+    body_arguments,
     build_restoration,
     super_resolution_cfg,
-    upscale_of,
 )
-from visionattn.models.registry.layout import (
-    Layout,
-    Names,
-    Shapes,
-    Weights,
-    converter,
-    shift_mask,
-    window_index,
-    window_of,
-    window_offsets,
-)
+from visionattn.models.hosts.swin_buffers import shift_mask, window_index, window_offsets
+from visionattn.models.registry.names import Names
+from visionattn.models.registry.shapes import Shapes, window_of
+from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["RGT"]
 
@@ -87,7 +80,7 @@ class RecursiveGeneralizationAttention(nn.Module):
 
     def add_to(self, x: Tensor, norm: nn.Module, drop_path: nn.Module) -> Tensor:
         """`x + drop_path(attention(norm(x)))` of a map `[B, H, W, C]`, by bands."""
-        times = _reductions(x.shape[1], x.shape[2], self.training)
+        times = self.reductions(x.shape[1], x.shape[2], self.training)
         whole = x[:, : x.shape[1] // 4 * 4] if times else x
         reduce = self.reduction if times else nn.Identity()
         scale = Fraction(1, 4) if times else 1
@@ -108,6 +101,14 @@ class RecursiveGeneralizationAttention(nn.Module):
             return rows + drop_path(self.proj(out.transpose(1, 2).reshape(rows.shape)))
 
         return pixelwise(attend, x)
+
+    @staticmethod
+    def reductions(height: int, width: int, training: bool) -> int:
+        """How often a map is shrunk by 4: `floor(log4(longer side / unit))`, the unit 16, in training 4."""
+        unit, times = (4, 0) if training else (16, 2)
+        while unit * 4 ** (times + 1) <= max(height, width) and 4 ** (times + 1) <= min(height, width):
+            times += 1
+        return times
 
     def _heads(self, x: Tensor) -> Tensor:
         """`[B, heads, H * W, d]` of `[B, H, W, C]`."""
@@ -237,22 +238,7 @@ class RGT(ResidualRestorer):
         )
         super().__init__(info, embed_dim, layers, img_range, embed_norm=True, **dd)
         self.add_tail(**dd)
-        self.apply(_init_weights)
-
-
-def _reductions(height: int, width: int, training: bool) -> int:
-    """How often a map is shrunk by 4: `floor(log4(longer side / unit))`, see RG-SA."""
-    unit, times = (4, 0) if training else (16, 2)
-    while unit * 4 ** (times + 1) <= max(height, width) and 4 ** (times + 1) <= min(height, width):
-        times += 1
-    return times
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
 
 _NAMES = Names(
@@ -269,11 +255,13 @@ _BUFFERS = ("rpe_biases", "relative_position_index", "attn_mask_0", "attn_mask_1
 _MASKED_SIDE = 64
 
 
-def _to_ours(official: Weights) -> dict[str, Tensor]:
-    """The authors' weights in our names, without stored offsets, indices and masks."""
-    out = {_NAMES.to_ours(name): value for name, value in official.items() if not name.endswith(_BUFFERS)}
-    # The official 1x1 convolution.
-    return {name: t.flatten(1) if name.endswith(".attn.conv.weight") else t for name, t in out.items()}
+def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without stored offsets, indices and masks; the official 1x1 convolution becomes a linear layer."""
+    return {
+        name: value.flatten(1) if name.endswith(".attn.conv.weight") and value.ndim == 4 else value
+        for name, value in weights.items()
+        if not name.endswith(_BUFFERS)
+    }
 
 
 def _to_official(weights: Weights, model: RGT) -> dict[str, Tensor]:
@@ -296,12 +284,9 @@ def _to_official(weights: Weights, model: RGT) -> dict[str, Tensor]:
 
 
 def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
-    dim, in_chans = ours["conv_first.weight"][:2]
-    out: dict[str, Any] = {
-        "in_chans": in_chans,
-        "upscale": upscale_of(ours),
-        "embed_dim": dim,
-        "depths": ours.lengths("layers", "blocks"),
+    out = body_arguments(ours)
+    dim = out["embed_dim"]
+    out |= {
         "num_heads": 2 * ours["layers.0.blocks.0.attn.position_bias.0.pos3.2.weight"][0],
         "mlp_ratio": ours["layers.0.blocks.0.mlp.fc1.weight"][0] / dim,
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in ours,
@@ -315,19 +300,22 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     return out
 
 
-LAYOUTS = (
-    Layout(
-        "rgt",
-        RGT,
-        (r"^embed_norm\.", r"\.gamma$", r"\.attn\.position_bias\."),
-        _to_ours,
-        _arguments,
-        _to_official,
-        wrapper="params",
-        unlearned=("split_size", "img_range"),
-    ),
+LAYOUT = Layout(
+    family="rgt",
+    model_cls=RGT,
+    marks=(r"^embed_norm\.", r"\.gamma$", r"\.attn\.position_bias\."),
+    rename=_NAMES.to_ours,
+    convert=_convert,
+    reads={
+        "conv_first.weight": 4,
+        "layers.#.blocks.0.mlp.fc1.weight": 2,
+        "layers.0.blocks.0.attn.position_bias.0.pos3.2.weight": 2,
+    },
+    arguments=_arguments,
+    to_official=_to_official,
+    wrapper="params",
+    unlearned=("split_size", "img_range"),
 )
-checkpoint_filter_fn = converter(_to_ours)
 
 
 def _cfg(results: str) -> dict[str, Any]:
@@ -354,44 +342,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_rgt(variant: str, pretrained: bool = False, **kwargs: Any) -> RGT:
-    return build_restoration(RGT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
-
-
 _RGT_S: dict[str, Any] = {"depths": (6,) * 6}
 
-
-@register_model
-def rgt_s_x2(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT-S x2: 10.1 M parameters."""
-    return _create_rgt("rgt_s_x2", pretrained, **{**_RGT_S, "upscale": 2, **kwargs})
-
-
-@register_model
-def rgt_s_x3(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT-S x3: 10.2 M parameters."""
-    return _create_rgt("rgt_s_x3", pretrained, **{**_RGT_S, "upscale": 3, **kwargs})
-
-
-@register_model
-def rgt_s_x4(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT-S x4: 10.2 M parameters, 46.9 GMACs for a 64x64 input."""
-    return _create_rgt("rgt_s_x4", pretrained, **{**_RGT_S, "upscale": 4, **kwargs})
-
-
-@register_model
-def rgt_x2(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT x2: 13.2 M parameters."""
-    return _create_rgt("rgt_x2", pretrained, **{"upscale": 2, **kwargs})
-
-
-@register_model
-def rgt_x3(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT x3: 13.4 M parameters."""
-    return _create_rgt("rgt_x3", pretrained, **{"upscale": 3, **kwargs})
-
-
-@register_model
-def rgt_x4(pretrained: bool = False, **kwargs: Any) -> RGT:
-    """RGT x4: 13.4 M parameters, 61.0 GMACs for a 64x64 input."""
-    return _create_rgt("rgt_x4", pretrained, **{"upscale": 4, **kwargs})
+VARIANTS = {
+    "rgt_s_x2": Variant("RGT-S x2: 10.1 M parameters.", **_RGT_S, upscale=2),
+    "rgt_s_x3": Variant("RGT-S x3: 10.2 M parameters.", **_RGT_S, upscale=3),
+    "rgt_s_x4": Variant("RGT-S x4: 10.2 M parameters, 46.9 GMACs for a 64x64 input.", **_RGT_S, upscale=4),
+    "rgt_x2": Variant("RGT x2: 13.2 M parameters.", upscale=2),
+    "rgt_x3": Variant("RGT x3: 13.4 M parameters.", upscale=3),
+    "rgt_x4": Variant("RGT x4: 13.4 M parameters, 61.0 GMACs for a 64x64 input.", upscale=4),
+}
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration)

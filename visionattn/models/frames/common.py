@@ -1,8 +1,22 @@
-"""What networks of every kind do alike: refusing small inputs, stochastic depth."""
+"""Parts and habits of backbones of every kind: sizes, stochastic depth, initial weights, the usual block."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, trunc_normal_
+from timm.models import build_model_with_cfg
+from torch import Tensor, nn
+
+from visionattn.kernels import product
+from visionattn.layers.linear import Mlp, add_pixelwise
+from visionattn.layers.maps import is_known_to_be, on_nhwc
+
+Size = tuple[int, int]
+# So many weights for a number of the patches make a product of patches faster than a convolution.
+_WEIGHTS_PER_NUMBER = 4
 
 
 def check_size(x: Tensor, min_size: int) -> None:
@@ -21,3 +35,110 @@ def check_size(x: Tensor, min_size: int) -> None:
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Stochastic depth of each block, growing linearly from 0 to `rate`."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initial weights of a linear layer: truncated normal of deviation 0.02, no bias; others stay."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def build_backbone(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's `build_model_with_cfg`; `model_cls.features` says how many maps `features_only=True` gives."""
+    feature_cfg = {"out_indices": model_cls.features, "feature_cls": "getter"}
+    return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP: two residual branches with a norm before each.
+
+    Args:
+        dim: channels.
+        attn: the attention.
+        mlp_ratio: hidden width of the MLP as a multiple of `dim`.
+        drop_path: stochastic depth of both branches.
+        eps: of both norms.
+        layer_scale: initial factor per channel of both branches, None for none.
+        pos_kernel: side of a depthwise convolution that is added first, on maps; 0 for none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        layer_scale: float | None = None,
+        pos_kernel: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pos_embed = None
+        if pos_kernel:
+            self.pos_embed = nn.Conv2d(dim, dim, pos_kernel, padding=pos_kernel // 2, groups=dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.attn = attn
+        self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.hidden_dim = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, self.hidden_dim, **dd)
+        self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """`x`, as the attention takes it, to the same shape; further arguments are the attention's."""
+        if self.pos_embed is not None:
+            x = x + on_nhwc(self.pos_embed, x)
+        return self.feed_forward(x + self.drop_path(self.ls1(self.attend(x, *args))))
+
+    def attend(self, x: Tensor, *args: Any) -> Tensor:
+        """The attention branch, before its scale."""
+        return self.attn(self.norm1(x), *args)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """`x` and the MLP branch; in inference on a CPU large maps are overwritten piece by piece."""
+
+        def branch(x: Tensor) -> Tensor:
+            return self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+        return add_pixelwise(x, branch, self.hidden_dim, self.training)
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A strided convolution of `[B, H, W, C]`, as `on_nhwc`, and fast where weights outnumber the pixels.
+
+    A convolution first copies its weights into another order, which for the small maps of late stages is most
+    of the work; as a product of patches it takes them as they are.
+    """
+    padding: Any = conv.padding
+    (height, width), (step_y, step_x) = conv.kernel_size, conv.stride
+    # First of all, because the comparison of sizes would bind a traced program to them.
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return on_nhwc(conv, x)
+    numbers = x.numel() * height * width // (step_y * step_x)
+    if conv.weight.numel() < _WEIGHTS_PER_NUMBER * numbers:
+        return on_nhwc(conv, x)
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    patches = x.unfold(1, height, step_y).unfold(2, width, step_x).flatten(3)
+    return product(patches, conv.weight.flatten(1), conv.bias)
+
+
+def resize_tokens(tokens: Tensor, size: Size, new_size: Size, mode: str) -> Tensor:
+    """Position embeddings `[1, H * W, C]` as a map `[1, H', W', C]` of another size."""
+    grid = tokens.unflatten(1, size)
+    if is_known_to_be(new_size, size):
+        return grid
+    return F.interpolate(grid.permute(0, 3, 1, 2), size=new_size, mode=mode).permute(0, 2, 3, 1)
+
+
+def resize_square(positions: Tensor, target: tuple[int, ...], module: Any) -> Tensor:
+    """Position embeddings `[1, H * H, C]` for the map `size` of a module; those of no square stay."""
+    side = round(positions.shape[1] ** 0.5)
+    if side**2 != positions.shape[1]:
+        return positions
+    return resize_tokens(positions, (side, side), module.size, "bicubic").flatten(1, 2)

@@ -1,7 +1,7 @@
-"""The frame of hierarchical backbones on channels-last maps: stem, stages of blocks, norm, classifier.
+"""The frame of hierarchical backbones: what timm asks of a stem, stages of blocks, a norm and a classifier.
 
-Networks that differ in their parts (how maps are downsampled, which attention a block has) share everything
-else that timm asks of a backbone.
+Between the parts a map is `[B, H, W, C]`; images come in and features go out as `[B, C, H, W]`, and no
+permutation copies.
 """
 
 from __future__ import annotations
@@ -10,76 +10,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, trunc_normal_
-from timm.models._manipulate import checkpoint_seq
+from timm.layers import ClassifierHead, trunc_normal_
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from visionattn.kernels import product
-from visionattn.layers.linear import Mlp, add_pixelwise
-from visionattn.layers.maps import on_nhwc
-from visionattn.models.frames.backbone import Backbone, CheckpointedStage
-from visionattn.models.frames.common import check_size
-
-# So many weights for a number of the patches make a product of patches faster than a convolution.
-_WEIGHTS_PER_NUMBER = 4
+from visionattn._compat import feature_take_indices
+from visionattn.layers.linear import Linear
+from visionattn.layers.maps import fill_up
+from visionattn.models.frames.common import Size, check_size, convolve, init_linear, resize_tokens
 
 
-class Block(nn.Module):
-    """Attention, then an MLP: two residual branches with a norm before each.
+class Stage(nn.Module):
+    """Downsampling and blocks on `[B, H, W, C]`.
 
     Args:
-        dim: channels.
-        attn: the attention.
-        mlp_ratio: hidden width of the MLP as a multiple of `dim`.
-        drop_path: stochastic depth of both branches.
-        eps: of both norms.
+        dim: channels of the blocks.
+        downsample: from the map of the stage before.
+        blocks: modules from maps to maps of the same shape.
     """
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
-        self.hidden_dim = int(dim * mlp_ratio)
-        self.mlp = Mlp(dim, self.hidden_dim, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """`x`, as the attention takes it, to the same shape."""
-        return self.feed_forward(x + self.drop_path(self.attend(x, *args)))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """`x` and the MLP branch; in inference on a CPU large maps are overwritten piece by piece."""
-
-        def branch(x: Tensor) -> Tensor:
-            return self.drop_path(self.mlp(self.norm2(x)))
-
-        return add_pixelwise(x, branch, self.hidden_dim, self.training)
-
-    def attend(self, x: Tensor, *args: Any) -> Tensor:
-        """The attention branch; further arguments are the attention's."""
-        return self.attn(self.norm1(x), *args)
-
-
-class Stage(CheckpointedStage):
-    """Downsampling and blocks on `[B, H, W, C]`."""
 
     def __init__(self, dim: int, downsample: nn.Module, blocks: Sequence[nn.Module]):
         super().__init__()
         self.dim = dim
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H / stride, W / stride, dim]`."""
@@ -87,21 +42,108 @@ class Stage(CheckpointedStage):
         return checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
 
 
-class Pyramid(Backbone):
-    """A backbone of stages that each halve the resolution, the first at a quarter of the image.
+class MapSequential(nn.Sequential):
+    """Convolutions and their norms, one after the other, on `[B, H, W, C]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H', W', C']`."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampling: four neighbours side by side, a norm, a linear layer; odd maps are filled up."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(4 * in_dim, **dd)
+        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, in_dim]` to `[B, H / 2, W / 2, dim]`, rounded up."""
+        x = fill_up(x, (2, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        # Of the four pixels, rows run fastest: (0, 0), (1, 0), (0, 1), (1, 1).
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
+class PatchEmbedding(nn.Module):
+    """A strided convolution, a norm, and optionally a learned position embedding; `[B, H, W, C]` in and out.
+
+    Args:
+        in_dim: input channels.
+        dim: output channels.
+        kernel: kernel size.
+        stride: factor by which the map shrinks.
+        padding: zeros on every side.
+        fill: whether maps that `stride` does not divide are filled up with zeros on the right and bottom.
+        size: map size of the position embedding, which is resized bilinearly for others; None for no
+        embedding.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        kernel: int,
+        stride: int,
+        padding: int = 0,
+        fill: bool = False,
+        size: Size | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.stride = stride
+        self.fill = fill
+        self.size = size
+        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, **dd)
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.pos_embed = None
+        if size is not None:
+            self.pos_embed = trunc_normal_(
+                nn.Parameter(torch.empty(1, size[0] * size[1], dim, **dd)), std=0.02
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, in_dim]` to `[B, H / stride, W / stride, dim]`."""
+        x = fill_up(x, (self.stride, self.stride)) if self.fill else x
+        x = self.norm(convolve(self.proj, x))
+        if self.pos_embed is None or self.size is None:
+            return x
+        return x + resize_tokens(self.pos_embed, self.size, (x.shape[1], x.shape[2]), "bilinear")
+
+
+class Pyramid(nn.Module):
+    """A backbone of stages, each with its own resolution.
+
+    A family whose stages hand on more than one map (tokens of earlier stages, a second branch) lets them take
+    and return what they like, and overrides `map_of`.
 
     Args:
         in_chans: input channels.
         num_classes: classes; 0 for no classifier.
         global_pool: pooling before the classifier, `"avg"`, `"max"`, `"avgmax"` or `""`.
         drop_rate: dropout before the classifier.
-        stem: images to the first map, `[B, H, W, C]` in and out, as all parts.
-        stages: the stages; that of the stem does not downsample.
+        stem: images to the first map.
+        stages: what follows; that behind the stem does not downsample.
         norm: of the last map.
         norm_eps: of the extra norms.
         extra_norms: a LayerNorm per returned stage output, as official dense backbones have.
         min_size: smallest input side in pixels.
+        reductions: side of the image / side of the map, for every stage; by default 4, 8, 16, ...
     """
+
+    # How many of the last maps `features_only=True` gives; None for all.
+    features: int | None = None
+    # Parameters whose names end so are not decayed, beyond timm's rule of one-dimensional ones.
+    undecayed: tuple[str, ...] = ("relative_position_bias_table",)
 
     def __init__(
         self,
@@ -115,18 +157,21 @@ class Pyramid(Backbone):
         norm_eps: float,
         extra_norms: bool,
         min_size: int,
+        reductions: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = [stage.dim for stage in stages]
+        reductions = reductions or [4 * 2**i for i in range(len(dims))]
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.min_size = min_size
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (dim, reduction) in enumerate(zip(dims, reductions))
         ]
         self.stem = stem
         self.stages = nn.Sequential(*stages)
@@ -137,40 +182,120 @@ class Pyramid(Backbone):
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
 
+    def map_of(self, x: Any) -> Tensor:
+        """The map `[B, H, W, C]` in what a stage returns."""
+        return x
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The norm of the last map `[B, H, W, C]`."""
+        return self.norm(x)
+
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed: tables of relative position biases."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        """Names of parameters that are not decayed beyond timm's rule of one-dimensional ones: biases."""
+        return {name for name, _ in self.named_parameters() if name.endswith(self.undecayed)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers for layer-wise decay."""
+        blocks = r"^stages\.(\d+)"
+        fine = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^(?:norm|extra_norms)", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": blocks if coarse else fine}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing what they hold."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The final linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` (0: none), optionally with another pooling."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs, as timm defines this method.
+
+        Args:
+            x: images `[B, C, H, W]`.
+            indices: which stages: the last n, a list, or all.
+            norm: apply the final norm to the last stage's output.
+            stop_early: do not run stages beyond the last one asked for.
+            output_fmt: `"NCHW"`.
+            intermediates_only: return the stage outputs alone.
+
+        Returns:
+            Stage outputs `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next
+            stage sees the map before it), preceded by the final features unless `intermediates_only`.
+
+        Raises:
+            ValueError: another `output_fmt`, or an input that is too small.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: max_index + 1] if stop_early else self.stages
+        last = len(self.stages) - 1
+        intermediates = []
+        x = self._stem(x)
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                out = self.final_norm(self.map_of(x)) if norm and i == last else self.map_of(x)
+                out = out if self.extra_norms is None else self.extra_norms[i](out)
+                intermediates.append(out.permute(0, 3, 1, 2))
+        if intermediates_only:
+            return intermediates
+        x = self.final_norm(self.map_of(x)) if len(stages) == len(self.stages) else self.map_of(x)
+        return x.permute(0, 3, 1, 2), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the given stage outputs do not need; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        if prune_norm or max_index < len(self.stages) - 1:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: max_index + 1]
+        if self.extra_norms is not None:
+            self.extra_norms = nn.ModuleList(
+                norm if i in take_indices else nn.Identity()
+                for i, norm in enumerate(self.extra_norms[: max_index + 1])
+            )
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to the normalised last map `[B, C, H / 32, W / 32]`.
+
+        Raises:
+            ValueError: an input that is too small; the message says the smallest size.
+        """
+        return self.final_norm(self.map_of(self.stages(self._stem(x)))).permute(0, 3, 1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map to logits `[B, num_classes]`, or with `pre_logits` to pooled features `[B, C]`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
+        return self.forward_head(self.forward_features(x))
 
     def _stem(self, x: Tensor) -> Tensor:
         check_size(x, self.min_size)
         return self.stem(x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
-
-    def _as_nchw(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2)
-
-
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A strided convolution of `[B, H, W, C]`, as `on_nhwc`, and fast where weights outnumber the pixels.
-
-    A convolution first copies its weights into another order, which for the small maps of late stages is most
-    of the work; as a product of patches it takes them as they are.
-    """
-    padding: Any = conv.padding
-    (height, width), (step_y, step_x) = conv.kernel_size, conv.stride
-    # First of all, because the comparison of sizes would bind a traced program to them.
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return on_nhwc(conv, x)
-    numbers = x.numel() * height * width // (step_y * step_x)
-    if conv.weight.numel() < _WEIGHTS_PER_NUMBER * numbers:
-        return on_nhwc(conv, x)
-    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    patches = x.unfold(1, height, step_y).unfold(2, width, step_x).flatten(3)
-    return product(patches, conv.weight.flatten(1), conv.bias)
-
-
-def init_linear(module: nn.Module) -> None:
-    """Initial weights of the linear layers: truncated normal of deviation 0.02, no bias."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from visionattn.layers.bands import convolved
 from visionattn.layers.maps import on_nhwc
 from visionattn.models.frames.common import check_size
-from visionattn.models.registry.layout import Shapes, build
+from visionattn.models.registry.shapes import Shapes
 
 RestorationTask = Literal[
     "super-resolution",
@@ -266,6 +267,17 @@ def upscale_of(shapes: Shapes) -> int:
     return math.prod(math.isqrt(rows // columns) for rows, columns, *_ in steps)
 
 
+def body_arguments(ours: Shapes) -> dict[str, Any]:
+    """The arguments of a `ResidualRestorer` that its weights tell, with the usual tail."""
+    dim, in_chans = ours["conv_first.weight"][:2]
+    return {
+        "in_chans": in_chans,
+        "upscale": upscale_of(ours),
+        "embed_dim": dim,
+        "depths": ours.lengths("layers", "blocks"),
+    }
+
+
 def run_body(
     x: Tensor, conv_first: nn.Module, layers: Iterable[nn.Module], norm: nn.Module, conv_after_body: nn.Module
 ) -> Tensor:
@@ -349,7 +361,7 @@ def build_restoration(model_cls: type, variant: str, pretrained: bool, **kwargs:
             )
         return weights
 
-    return build(
+    return build_model_with_cfg(
         model_cls,
         variant,
         pretrained,

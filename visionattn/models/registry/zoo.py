@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import visionattn
 from visionattn.errors import InputError, nearest
 from visionattn.kernels import use_backend
+from visionattn.models.registry.variants import ENTRIES
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ def model_names(filter: str = "") -> list[str]:
     Raises:
         InputError: no name matches; the message says which are near.
     """
-    package = visionattn.models.__name__ + "."
-    names = [
-        name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith(package)
-    ]
+    names = [name for name in timm.list_models() if name in ENTRIES]
     pattern = filter if any(sign in filter for sign in "*?[") else f"*{filter}*"
     found = fnmatch.filter(names, pattern)
     if not found:
