@@ -17,7 +17,8 @@ from benchmarks.formulations.linear_hosts import (
 )
 from visionattn.layers import AgentAttention2d
 from visionattn.layers.maps import as_tokens
-from visionattn.models.hosts.hosts import PVT, CSwin
+from visionattn.models.hosts.cswin import CSwin
+from visionattn.models.hosts.pvt import PVT
 
 
 class TheirAgentAttention(AgentAttention2d):

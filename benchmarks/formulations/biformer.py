@@ -9,7 +9,7 @@ from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.windows import merge, partition
 from visionattn.layers.bilevel_routing import BiLevelRoutingAttention
 from visionattn.layers.maps import extend_to, fill_up, on_nhwc
-from visionattn.models.biformer import Block
+from visionattn.models.biformer import FullAttention
 
 
 class TheirRoutingAttention(BiLevelRoutingAttention):
@@ -82,18 +82,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor
     return out.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
 
 
-class TheirBlock(Block):
-    """Three branches, the MLP on the whole map."""
+class TheirFullAttention(FullAttention):
+    """Attention of the last stage in products."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = x if self.pos_embed is None else x + on_nhwc(self.pos_embed, x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        qkv = self.qkv(x)
+        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+        local = on_nhwc(self.lepe, qkv.chunk(3, -1)[2] if self.lepe_of_values else x)
+        return self.proj((weights @ v).transpose(1, 2).reshape(x.shape) + local)
 
 
 FORMULATION = Formulation(
-    {BiLevelRoutingAttention: TheirRoutingAttention, Block: TheirBlock},
+    {BiLevelRoutingAttention: TheirRoutingAttention, FullAttention: TheirFullAttention},
     ((224, 224), (448, 448)),
     "gather of keys and values, copies by head, matmul-softmax-matmul",
 )

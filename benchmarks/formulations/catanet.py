@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.formulations.formulation import Formulation
-from visionattn.models import catanet
-from visionattn.models.catanet import ConvMlp, HeadProjection, LocalAttention, TokenAggregation
+from visionattn.layers.overlapping_patches import ConvMlp, HeadProjection, LocalAttention
+from visionattn.models.catanet import TokenAggregation
 
 
 class TheirAggregation(TokenAggregation):
@@ -20,7 +20,7 @@ class TheirAggregation(TokenAggregation):
         """A map `[B, H, W, C]` and centres to a map and the centres of training."""
         tokens = self.norm(x.flatten(1, 2))
         if self.training:
-            means = catanet._segment_means(tokens.detach(), self.num_centres)
+            means = self.segment_means(tokens.detach())
             centres = torch.where(initialised, centres, means)
             with torch.no_grad():
                 for _ in range(self.iterations - 1):

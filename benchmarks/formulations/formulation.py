@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visionattn.layers.linear import Linear, Mlp
+from visionattn.models.frames.common import Block
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]
 
@@ -22,8 +23,16 @@ class TheirMlp(Mlp):
         return self.fc2(self.act(self.fc1(x)))
 
 
-# Every formulation computes its linear layers as PyTorch does.
-LAYERS: Classes = {Linear: nn.Linear, Mlp: TheirMlp}
+class TheirBlock(Block):
+    """The MLP on the whole map."""
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` to `[..., dim]`."""
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+# Every formulation computes its linear layers as PyTorch does, one after the other.
+LAYERS: Classes = {Linear: nn.Linear, Mlp: TheirMlp, Block: TheirBlock}
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.formulations.formulation import Formulation
-from visionattn.models.hsdt import (
-    DownConv,
-    GuidedSpectralAttention,
-    SelfModulatedMlp,
-    SpectralSpatialConv,
-    UpConv,
-    VolumeConv,
-)
+from visionattn.layers.volumes import DownConv, SpectralSpatialConv, UpConv, VolumeConv
+from visionattn.models.hsdt import GuidedSpectralAttention, SelfModulatedMlp
 
 
 class TheirVolumeConv(VolumeConv):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.formulations.formulation import Formulation
+from benchmarks.formulations.formulation import Formulation, TheirBlock
 from benchmarks.formulations.linear_hosts import (
     CLASSES,
     Size,
@@ -16,7 +16,9 @@ from benchmarks.formulations.linear_hosts import (
 )
 from visionattn.layers import InLineAttention2d
 from visionattn.layers.maps import as_tokens
-from visionattn.models.hosts.hosts import PVT, CSwin
+from visionattn.models.hosts.cswin import CSwin
+from visionattn.models.hosts.pvt import PVT
+from visionattn.models.inline_attention import StreamBlock
 
 
 class TheirInLineAttention(InLineAttention2d):
@@ -77,13 +79,17 @@ def _attend(
     return self.proj(out if static is None else out + static)
 
 
+class TheirStreamBlock(TheirBlock, StreamBlock):
+    """The MLP on the whole map."""
+
+
 FORMULATION = Formulation(
     {**CLASSES, InLineAttention2d: TheirInLineAttention},
     (),
     "means subtracted at the end, kernels predicted by grouped convolutions and applied in planes; hosts in "
     "planes, rolled windows, stripes copied three times",
     hosts={
-        CSwin: {InLineAttention2d: TheirCSwinAttention},
+        CSwin: {InLineAttention2d: TheirCSwinAttention, StreamBlock: TheirStreamBlock},
         PVT: {InLineAttention2d: TheirPvtAttention},
     },
 )

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.formulations.formulation import Formulation
-from benchmarks.formulations.linear_hosts import ImagesInPlanes, TheirWindowAttention, convolve_planes
+from benchmarks.formulations.linear_hosts import (
+    ImagesInPlanes,
+    TheirStridedConv,
+    TheirWindowAttention,
+    planes,
+)
 from visionattn.layers import LinearAttention2d, WindowAttention2d
 from visionattn.layers.maps import fill_up
-from visionattn.models.l2vit import Downsample, L2Block, L2ViT, LocalConcentration, Stem
+from visionattn.models.frames.common import StridedConv2d
+from visionattn.models.frames.pyramid import MapSequential
+from visionattn.models.l2vit import L2Block, L2ViT, LocalConcentration
 
 
 class TheirL2ViT(ImagesInPlanes, L2ViT):
     """Images stay in planes up to the stem."""
 
 
-class TheirStem(Stem):
-    """Convolutions in planes; their transposed output is normalised."""
+class TheirMapSequential(MapSequential):
+    """Convolutions in planes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, in_chans]` to `[B, H / 4, W / 4, C]`."""
-        return self.norm(convolve_planes(self.proj, fill_up(x, (4, 4))).permute(0, 2, 3, 1))
-
-
-class TheirDownsample(Downsample):
-    """A norm of rows, a convolution in planes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H / 2, W / 2, 2 * C]`."""
-        return convolve_planes(self.proj, fill_up(self.norm(x), (2, 2))).permute(0, 2, 3, 1)
+        """`[B, H, W, C]` to `[B, H', W', C']`."""
+        return nn.Sequential.forward(self, planes(x)).permute(0, 2, 3, 1)
 
 
 class TheirBlock(L2Block):
@@ -36,10 +35,10 @@ class TheirBlock(L2Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = x + convolve_planes(self.cpe[0], x).permute(0, 2, 3, 1)
+        x = x + self.cpe[0](planes(x)).permute(0, 2, 3, 1)
         x = x + self.drop_path(self.attend(x))
         if self.norm3 is None or self.local_mp is None:
-            x = x + convolve_planes(self.cpe[1], x).permute(0, 2, 3, 1)
+            x = x + self.cpe[1](planes(x)).permute(0, 2, 3, 1)
         else:
             x = x + self.drop_path(self.local_mp(self.norm3(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -50,7 +49,7 @@ class TheirConcentration(LocalConcentration):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = self.bn(self.act(convolve_planes(self.conv1, x)))
+        x = self.bn(self.act(self.conv1(planes(x))))
         return self.conv2(x).permute(0, 2, 3, 1)
 
 
@@ -80,8 +79,8 @@ class TheirLinearAttention(LinearAttention2d):
 FORMULATION = Formulation(
     {
         L2ViT: TheirL2ViT,
-        Stem: TheirStem,
-        Downsample: TheirDownsample,
+        MapSequential: TheirMapSequential,
+        StridedConv2d: TheirStridedConv,
         L2Block: TheirBlock,
         LocalConcentration: TheirConcentration,
         WindowAttention2d: TheirFilledAttention,

@@ -5,8 +5,6 @@ The published code knows maps that windows divide only, and keeps maps as rows o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,19 +12,12 @@ from torch import Tensor, nn
 from benchmarks.formulations.hat import gathered_bias, shift_mask
 from benchmarks.formulations.windows import merge, partition
 from visionattn.layers import WindowAttention2d
-from visionattn.layers.maps import on_nhwc
-from visionattn.models.frames.pyramid import Block, Pyramid
-from visionattn.models.hosts.deit import DeiT, SoftmaxAttention
-from visionattn.models.hosts.hosts import (
-    PVT,
-    CSwin,
-    PatchEmbedding,
-    PatchMerging,
-    StreamBlock,
-    StripeAttention,
-    Swin,
-    resize_tokens,
-)
+from visionattn.models.frames.common import StridedConv2d
+from visionattn.models.frames.pyramid import PatchEmbedding, PatchMerging, Pyramid
+from visionattn.models.hosts.cswin import CSwin, StripeAttention
+from visionattn.models.hosts.deit import SoftmaxAttention
+from visionattn.models.hosts.pvt import PVT
+from visionattn.models.hosts.swin import Swin
 
 Size = tuple[int, int]
 
@@ -39,17 +30,12 @@ class ImagesInPlanes(Pyramid):
         return self.stem(x.permute(0, 2, 3, 1))
 
 
-class TheirBlock(Block):
-    """Two branches, the MLP on the whole map."""
+class TheirStridedConv(StridedConv2d):
+    """A convolution in planes; its output stays so."""
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = x + self.drop_path(self.attend(x, *args))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class TheirStreamBlock(TheirBlock, StreamBlock):
-    """The same, where attention also sees the mean of its input before the norm."""
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H', W', C']`."""
+        return nn.Conv2d.forward(self, planes(input)).permute(0, 2, 3, 1)
 
 
 class TheirEmbedding(PatchEmbedding):
@@ -61,9 +47,9 @@ class TheirEmbedding(PatchEmbedding):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, in_dim]` to `[B, H / stride, W / stride, dim]`."""
-        x = convolve_planes(self.proj, x)
-        size = (x.shape[2], x.shape[3])
-        x = self.norm(x.flatten(2).transpose(1, 2))
+        x = self.proj(x)
+        size = (x.shape[1], x.shape[2])
+        x = self.norm(x.flatten(1, 2))
         if self.pos_embed is None or self.size is None:
             return x.unflatten(1, size)
         place = self.pos_embed
@@ -188,27 +174,10 @@ def planes(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2).contiguous()
 
 
-def convolve_planes(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of `[B, H, W, C]` in planes; its output stays so: `[B, C, H', W']`."""
-    return conv(planes(x))
-
-
 def windows_of_planes(x: Tensor, window: Size) -> Tensor:
     """Windows `[B * windows, pixels, C]` of `[B, C, H, W]`."""
     x = x.unflatten(3, (-1, window[1])).unflatten(2, (-1, window[0]))
     return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, window[0] * window[1], x.shape[1])
-
-
-class TheirDeiT(DeiT):
-    """Patches by a convolution."""
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
-        """Tokens of `[B, in_chans, H, W]`, and how many patches an image has on its sides."""
-        x = on_nhwc(self.patch_embed, x.permute(0, 2, 3, 1))
-        size = (x.shape[1], x.shape[2])
-        place = resize_tokens(self.pos_embed[:, 1:], self.size, size, "bicubic")
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        return torch.cat([cls, (x + place).flatten(1, 2)], 1), size
 
 
 class TheirPVT(ImagesInPlanes, PVT):
@@ -224,12 +193,10 @@ class TheirCSwin(ImagesInPlanes, CSwin):
 
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    DeiT: TheirDeiT,
     PVT: TheirPVT,
     Swin: TheirSwin,
     CSwin: TheirCSwin,
-    Block: TheirBlock,
-    StreamBlock: TheirStreamBlock,
+    StridedConv2d: TheirStridedConv,
     PatchEmbedding: TheirEmbedding,
     PatchMerging: TheirMerging,
     SoftmaxAttention: TheirSoftmaxAttention,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from benchmarks.formulations.formulation import Formulation
 from visionattn.layers import NeighborhoodAttention2d
-from visionattn.models.nat import Block
 
 
 class TheirNeighborhoodAttention(NeighborhoodAttention2d):
@@ -52,17 +51,8 @@ def _copied(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return x.transpose(3, 4).flatten(4, 5)
 
 
-class TheirBlock(Block):
-    """Two branches, the MLP on the whole map."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-
 FORMULATION = Formulation(
-    {NeighborhoodAttention2d: TheirNeighborhoodAttention, Block: TheirBlock},
+    {NeighborhoodAttention2d: TheirNeighborhoodAttention},
     ((224, 224),),
     "keys and values of every pixel copied, logits with their bias, softmax and sum one after another",
 )

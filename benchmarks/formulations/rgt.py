@@ -9,7 +9,6 @@ from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.linear_hosts import planes
 from benchmarks.formulations.rectangles import TheirRectangleAttention
 from visionattn.layers.rectangle_window import RectangleWindowAttention
-from visionattn.models import rgt
 from visionattn.models.rgt import GatedMlp, RecursiveGeneralizationAttention
 
 
@@ -21,7 +20,7 @@ class TheirRecursiveAttention(RecursiveGeneralizationAttention):
         batch, height, width, dim = x.shape
         tokens = norm(x).flatten(1, 2)
         small = planes(tokens.unflatten(1, (height, width)))
-        for _ in range(rgt._reductions(height, width, self.training)):
+        for _ in range(self.reductions(height, width, self.training)):
             small = self.reduction(small)
         size = (small.shape[2], small.shape[3])
         small = F.conv2d(self.dwconv(small), self.conv.weight[..., None, None], self.conv.bias)
