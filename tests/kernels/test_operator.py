@@ -11,7 +11,16 @@ from agreement import packed_qkv
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn.kernels import agent_attention, dense_attention, linear_attention, use_backend
+from visionattn.kernels import (
+    agent_attention,
+    dense_attention,
+    grid_attention,
+    linear_attention,
+    neighborhood_attention,
+    overlapping_window_attention,
+    use_backend,
+    window_attention,
+)
 
 # Batch, height, width, heads, head dim.
 SHAPE = (2, 6, 5, 2, 8)
@@ -46,6 +55,26 @@ CASES = {
         lambda q, k, v: agent_attention(q, q[:, :2, :2], k, v),
         2 * products(PIXELS, 4, 2),
         2 * products(PIXELS, 4, 7),
+    ),
+    "windows": Case(
+        lambda q, k, v: window_attention(q, k, v, (3, 5)),
+        products(PIXELS, 15, 2),
+        products(PIXELS, 15, 5),
+    ),
+    "overlapping windows": Case(
+        lambda q, k, v: overlapping_window_attention(q, k, v, (3, 5), (1, 0)),
+        products(PIXELS, 25, 2),
+        products(PIXELS, 25, 5),
+    ),
+    "grid": Case(
+        lambda q, k, v: grid_attention(q, k, v, (3, 5)),
+        products(PIXELS, 15, 2),
+        products(PIXELS, 15, 5),
+    ),
+    "neighborhood with lse": Case(
+        lambda q, k, v: neighborhood_attention(q, k, v, 3, return_lse=True)[0],
+        products(PIXELS, 9, 2),
+        products(PIXELS, 9, 5),
     ),
     "linear": Case(linear_attention, products(PIXELS, 8, 2), products(PIXELS, 8, 5)),
 }
