@@ -14,9 +14,8 @@ from torch import nn
 
 from benchmarks.measure import peak_memory
 from visionattn.inference import parse_bytes, run_within
-from visionattn.inference.rehearsal import perform, without_data
+from visionattn.inference.rehearsal import without_data
 from visionattn.kernels import use_backend
-from visionattn.layers.bands import folded, pixelwise, windowed
 
 CPU = torch.device("cpu")
 every_restorer = pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_threads_with_budgets_of_their_own_and_without_use_one_network():
         if not args[0].is_meta:
             heights[here.name].add(args[0].shape[1])
 
-    net.layers[0].blocks[0].norm2.register_forward_pre_hook(note)
+    net.get_submodule("layers.0.blocks.0.norm2").register_forward_pre_hook(note)
 
     def repeat(name: str, backend: str, run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
         here.name = name
@@ -144,57 +143,3 @@ def test_sizes(text: str | int, size: int):
 def test_wrong_sizes_are_one_sentence(text: str | int):
     with pytest.raises(ValueError, match="a size in bytes reads 2GB"):
         parse_bytes(text)
-
-
-def windows(x: torch.Tensor, top: int | None) -> torch.Tensor:
-    """Sums of pairs of rows that begin at odd ones, on a torus."""
-    if top is None:
-        return windows(torch.cat((x[:, -1:], x, x[:, :1]), 1), -1)[:, 1:-1]
-    first = (1 - top) % 2
-    rows = (x.shape[1] - first) // 2 * 2
-    sums = x[:, first : first + rows].unflatten(1, (-1, 2)).sum(2).repeat_interleave(2, 1)
-    return torch.nn.functional.pad(sums, (0, 0, first, x.shape[1] - first - rows))
-
-
-@pytest.mark.parametrize("height", [2, 4, 7, 12, 30])
-def test_bands_of_a_torus(height: int):
-    x = torch.arange(24.0).square().view(1, 12, 2)
-    whole = windowed(windows, x, window=2, shift=1, halo=1, torus=True)
-    assert whole[0, 0, 0] == x[0, 0, 0] + x[0, 11, 0]
-    with perform([height]):
-        banded = windowed(windows, x, window=2, shift=1, halo=1, torus=True)
-    torch.testing.assert_close(banded, whole, rtol=0, atol=0)
-
-
-def test_folding_sees_every_row_once():
-    x = torch.rand(2, 11, 3)
-
-    def add(total: torch.Tensor, x: torch.Tensor, core: slice) -> torch.Tensor:
-        assert x[:, core].shape[1] <= 4
-        return total + x[:, core].sum()
-
-    with perform([4]):
-        total = folded(add, torch.zeros(()), x, halo=2)
-    torch.testing.assert_close(total, x.sum())
-
-
-def test_pieces_overwrite_what_may_be_overwritten():
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.rand(2, 2, 33, 20, 64, generator=generator)
-    layer = nn.Linear(64, 64)
-
-    def mix(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x + layer(y)
-
-    whole, seen = mix(x, y), []
-    layer.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    with torch.no_grad():
-        out = pixelwise(mix, x, y, into=x, hidden_dim=2**10)
-    assert out.data_ptr() == x.data_ptr()
-    assert len(seen) > 1
-    torch.testing.assert_close(out, whole, rtol=1e-6, atol=1e-6)
-    seen.clear()
-    pixelwise(mix, x, y, into=x, hidden_dim=2**10)  # gradients need the map
-    with torch.no_grad(), perform([5]):
-        pixelwise(mix, x, y, into=x, hidden_dim=2**10)
-    assert [shape[1] for shape in seen] == [33, 5, 5, 5, 5, 5, 5, 3]

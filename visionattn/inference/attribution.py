@@ -21,7 +21,7 @@ _KERNEL = 9
 
 @dataclass(frozen=True)
 class Attribution:
-    """What the content of a window depends on.
+    """The pixels on which the content of a window depends.
 
     Attributes:
         map: `[H, W]` of the input, in [0, 1]: the share of each pixel, the largest being 1.

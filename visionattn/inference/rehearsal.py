@@ -1,4 +1,4 @@
-"""What a network needs to run in bands: the same network runs without data, and every allocation is counted.
+"""Rehearse a network: it runs without data, every allocation is counted, and bands are made to fit a budget.
 
 Tensors of the meta device have a shape only. A rehearsal with them tells how much memory a pass would take,
 and how high the bands of `visionattn.layers.bands` may be within a budget.
@@ -29,7 +29,7 @@ def rehearse(function: Callable[[], object], budget: int) -> tuple[list[int], in
         budget: bytes that its tensors may occupy at one time.
 
     Returns:
-        What `perform` takes, and the smallest budget that is possible, which may be above the given one.
+        The heights, for `perform`, and the smallest possible budget, which may be above the given one.
     """
     rehearsal = _Rehearsal(budget)
     with planned(rehearsal), torch.no_grad(), rehearsal, _FusedAttention():

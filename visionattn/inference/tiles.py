@@ -26,7 +26,7 @@ def check_tiles(info: RestorationInfo, tile: int, overlap: int) -> None:
 def run_in_tiles(
     network: Callable[[Tensor], Tensor], x: Tensor, info: RestorationInfo, tile: int, overlap: int
 ) -> Tensor:
-    """What a network makes of tiles of an image, each with its surroundings, put together with hard seams.
+    """Run a network on tiles of an image, each with its surroundings, and put them together with hard seams.
 
     Args:
         network: takes and returns images.
@@ -59,7 +59,7 @@ def run_in_tiles(
 
 
 def _context(begin: int, side: int, tile: int, overlap: int, info: RestorationInfo) -> tuple[slice, slice]:
-    """What a tile sees of an axis, never less than the network needs, and what it keeps."""
+    """Find which pixels of an axis a tile sees, never fewer than the network needs, and which it keeps."""
     end = min(begin + tile, side)
     start, stop = max(begin - overlap, 0), min(end + overlap, side)
     while stop - start < info.min_size and start > 0:
@@ -72,7 +72,7 @@ def _scaled(span: slice, start: int, scale: int) -> slice:
 
 
 def describe_tiles(info: RestorationInfo, overlap: int) -> str:
-    """What a user should know about the result."""
+    """Say in one sentence how good the result is."""
     if info.exact_tiling:
         return f"tiles with {overlap} pixels of overlap: exact if the network reaches no farther"
     return (

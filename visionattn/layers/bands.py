@@ -92,7 +92,7 @@ def pixelwise(
             so that caches hold the hidden features.
 
     Returns:
-        What the function gives for whole maps.
+        The function's output for whole maps.
     """
     plan = _current_plan()
     if plan is not None:
@@ -135,7 +135,7 @@ def convolved(
             it may be one of the maps if rows of the output depend on no rows around of that one.
 
     Returns:
-        What the function gives for whole maps.
+        The function's output for whole maps.
     """
     plan = _current_plan()
     if plan is None:
@@ -168,7 +168,7 @@ def windowed(
         into: as in `convolved`.
 
     Returns:
-        What the function gives for whole maps.
+        The function's output for whole maps.
     """
     plan = _current_plan()
     if plan is None:

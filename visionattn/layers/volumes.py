@@ -27,7 +27,7 @@ class VolumeConv(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, D, H, W, C]` to `[B, D, H', W', C']`."""
-        # What is counted on the meta device may run on a CPU.
+        # A pass that is counted on the meta device may run on a CPU.
         if torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta") or not _unfolds(x):
             return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
         near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
@@ -96,8 +96,8 @@ class UpConv(VolumeConv):
             height: rows of the map, if `x` is a band.
         """
         rows, columns = x.shape[2:4]
-        if places is not None and height != rows:
-            x = _double_rows(x, places, height or rows)
+        if places is not None and height is not None and height != rows:
+            x = _double_rows(x, places, height)
         size = (x.shape[1], 2 * rows, 2 * columns)
         # On channels-last memory, that of volumes is three times as fast as that of maps.
         x = F.interpolate(x.permute(0, 4, 1, 2, 3), size, mode="trilinear", align_corners=True)

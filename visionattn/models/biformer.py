@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from visionattn.kernels import dense_attention
 from visionattn.layers import BiLevelRoutingAttention
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import on_nhwc
@@ -57,8 +57,8 @@ class FullAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
         qkv = self.qkv(x)
-        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        out = dense_attention(q, k, v).flatten(3)
         local = on_nhwc(self.lepe, qkv.chunk(3, -1)[2] if self.lepe_of_values else x)
         return self.proj(out + local)
 

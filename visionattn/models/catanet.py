@@ -184,8 +184,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self._forward(x, self.centres, self.initialised)[0]
-        # What checkpointing repeats in the backward pass must begin with the same centres: they are copied
-        # before and moved outside.
+        # Checkpointing repeats the pass in the backward one, which must begin with the same centres: they are
+        # copied before and moved outside.
         centres, initialised = self.centres.clone(), self.initialised.clone()
         run = partial(checkpoint, self._forward) if self.grad_checkpointing else self._forward
         x, moved = run(x, centres, initialised)

@@ -125,6 +125,8 @@ class NAT(Pyramid):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    undecayed = ("attn.rpb",)
+
     def __init__(
         self,
         in_chans: int = 3,

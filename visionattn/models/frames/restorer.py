@@ -1,4 +1,4 @@
-"""What restoration networks share: their record, timm's contract, and the way from image to image."""
+"""The frame of restoration networks: their record, timm's contract, and the way from image to image."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ class Restorer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of storing what they hold."""
-        for module in self.modules():
+        modules: Iterable[Any] = self.modules()
+        for module in modules:
             if "grad_checkpointing" in vars(module):
                 module.grad_checkpointing = enable
 
@@ -117,7 +118,7 @@ class Restorer(nn.Module):
         return x
 
     def cropped(self, restored: Tensor, x: Tensor) -> Tensor:
-        """What belongs to the images `x`, before they were filled up, in what the network made of them."""
+        """Cut off of a restored image what the images `x` were filled up by."""
         height, width = (side * self.info.upscale for side in x.shape[-2:])
         return restored[..., :height, :width]
 
@@ -194,7 +195,7 @@ class ResidualRestorer(Restorer):
         return run_body(x, self.conv_first, (self.embed_norm, *self.layers), self.norm, self.conv_after_body)
 
     def enlarge(self, y: Tensor) -> Tensor:
-        """Features `[B, embed_dim, H, W]` to `[B, in_chans, upscale * H, upscale * W]`, the parts' tail."""
+        """Features `[B, embed_dim, H, W]` to the image, or its correction, `[B, in_chans, s * H, s * W]`."""
         if self.info.upscale > 1:
             y = self.upsample(self.conv_before_upsample(y))
         return self.conv_last(y)
@@ -210,7 +211,7 @@ class ResidualRestorer(Restorer):
             out = self.enlarge(y)
             return (corrected[0] + out if corrected else out) / self.img_range + mean
 
-        into = x if corrected and not torch.is_grad_enabled() else None
+        into = x if corrected else None
         return convolved(tail, y, *corrected, halo=self.tail_halo, scale=upscale, dim=2, into=into)
 
 

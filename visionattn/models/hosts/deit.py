@@ -7,9 +7,9 @@ import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.kernels import dense_attention
 from visionattn.kernels.checks import pair
 from visionattn.layers.linear import Linear
 from visionattn.models.frames.common import Block, Size, StridedConv2d, drop_path_rates, resize_square
@@ -105,8 +105,8 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         """`[B, N, C]` to `[B, N, C]`."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))[:, None].unbind(3)
+        return self.proj(dense_attention(q, k, v).flatten(3).squeeze(1))
 
 
 def layout(guest: Guest) -> Layout:
