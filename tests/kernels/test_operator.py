@@ -18,6 +18,7 @@ from visionattn.kernels import (
     linear_attention,
     neighborhood_attention,
     overlapping_window_attention,
+    routed_attention,
     use_backend,
     window_attention,
 )
@@ -25,6 +26,8 @@ from visionattn.kernels import (
 # Batch, height, width, heads, head dim.
 SHAPE = (2, 6, 5, 2, 8)
 PIXELS = 30
+# Two of the four regions of 3x3 pixels for each; keys beyond the map count.
+LISTS = torch.tensor([[0, 1], [3, 1], [2, 0], [1, 2]], dtype=torch.int32).expand(2, 1, 4, 2)
 
 
 class Case(NamedTuple):
@@ -75,6 +78,16 @@ CASES = {
         lambda q, k, v: neighborhood_attention(q, k, v, 3, return_lse=True)[0],
         products(PIXELS, 9, 2),
         products(PIXELS, 9, 5),
+    ),
+    "routed": Case(
+        lambda q, k, v: routed_attention(q, k, v, LISTS, 3, distinct=True),
+        products(PIXELS, 18, 2),
+        products(PIXELS, 18, 7),
+    ),
+    "routed with lse": Case(
+        lambda q, k, v: routed_attention(q, k, v, LISTS, 3, return_lse=True)[0],
+        products(PIXELS, 18, 2),
+        products(PIXELS, 18, 7),
     ),
     "linear": Case(linear_attention, products(PIXELS, 8, 2), products(PIXELS, 8, 5)),
 }

@@ -15,8 +15,8 @@ from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 from visionattn.kernels.routed.fused import backward as triton_backward
 from visionattn.kernels.routed.fused import bias as triton_bias
 from visionattn.kernels.routed.fused import forward as triton_forward
-from visionattn.kernels.routed.fused.geometry import BiasStrides, Regions, launch_options
-from visionattn.kernels.triton_rows import Strides
+from visionattn.kernels.routed.fused.geometry import BiasStrides, Regions
+from visionattn.kernels.triton_rows import Strides, tile_options
 
 KERNELS = {
     "bias": triton_bias.bias_kernel,
@@ -45,7 +45,7 @@ def compiled(
     if kernel == "bias":
         options = triton_bias.bias_launch_options(torch.empty(1, 56, 56, 1, dim, dtype=dtype), relative=True)
     else:
-        options = launch_options(q, (side, side), has_bias, kernel != "forward", hip=target == "gfx942")
+        options = tile_options(q, side * side, has_bias, kernel != "forward", hip=target == "gfx942")
     options |= {} if has_bias else {"bias": None}
     names = [name for name in KERNELS[kernel].arg_names if name not in options]
     return compile_for(target, KERNELS[kernel], {name: types[name] for name in names}, options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from visionattn.kernels.checks import pair
 from visionattn.kernels.precision import at_least_float32
 
 
-def to_rows(x: Tensor, region: tuple[int, int]) -> Tensor:
+def to_rows(x: Tensor, region: Sequence[int]) -> Tensor:
     """`[B * heads * regions, pixels, d]` of `[B, H, W, heads, d]`, border regions filled up with zeros."""
     bottom, right = -x.shape[1] % region[0], -x.shape[2] % region[1]
     x = F.pad(x, (0, 0, 0, 0, 0, right, 0, bottom)) if bottom or right else x
@@ -18,7 +20,7 @@ def to_rows(x: Tensor, region: tuple[int, int]) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(0, 3)
 
 
-def from_rows(x: Tensor, like: Tensor, region: tuple[int, int]) -> Tensor:
+def from_rows(x: Tensor, like: Tensor, region: Sequence[int]) -> Tensor:
     """The inverse of `to_rows`: rows `[..., pixels, n]` to the map `[B, H, W, heads, n]` of `like`."""
     batch, height, width, heads, _ = like.shape
     regions = -(-height // region[0]), -(-width // region[1])
@@ -26,7 +28,7 @@ def from_rows(x: Tensor, like: Tensor, region: tuple[int, int]) -> Tensor:
     return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-def region_means(x: Tensor, region: tuple[int, int]) -> Tensor:
+def region_means(x: Tensor, region: Sequence[int]) -> Tensor:
     """Mean of each region of `[B, H, W, heads, d]` over its own pixels: `[B, regions, heads * d]`.
 
     In float32 (float64 stays), whatever the dtype of the map.

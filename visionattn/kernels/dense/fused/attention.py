@@ -15,8 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from visionattn.kernels.merge import merge_attention
-from visionattn.kernels.routed.fused import forward as routed
-from visionattn.kernels.routed.fused.forward import LN_2, LOG2_E, equally_strided, load_rows, store_rows
+from visionattn.kernels.triton_rows import (
+    LN_2,
+    LOG2_E,
+    equally_strided,
+    load_rows,
+    store_rows,
+    tile_options,
+)
 
 # As many programs keep the largest present devices busy; splitting further costs memory for the parts.
 _PROGRAMS = 512
@@ -442,10 +448,12 @@ def launch_options(
     x: Tensor, backward: bool = False, hip: bool = torch.version.hip is not None
 ) -> dict[str, Any]:
     """Tiles, warps and precision for programs that own rows of `[B, rows, heads, d]`."""
-    options = routed.launch_options(x[:, None], (1, x.shape[1]), backward, hip=hip)
+    options = tile_options(x, x.shape[1], hip=hip)
+    own = options.pop("OWN")
     # A tile of the bias and its pointers take the registers of a wider tile of keys.
-    options["BLOCK_K"] = 32
-    return {**options, "BLOCK_Q": 16} if options["BLOCK_D"] > 128 and not hip else options
+    options["BLOCK_K"] = min(options.pop("OTHERS"), 32)
+    options["BLOCK_Q"] = 16 if options["BLOCK_D"] > 128 and not hip else own
+    return options
 
 
 def num_programs(x: Tensor, tile: int) -> int:

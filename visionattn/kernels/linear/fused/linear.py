@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from visionattn.kernels.dense.fused.attention import num_programs, place, split_rows
-from visionattn.kernels.routed.fused.forward import equally_strided, store_rows
+from visionattn.kernels.triton_rows import equally_strided, store_rows
 
 
 @triton.jit

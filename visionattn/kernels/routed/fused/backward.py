@@ -7,6 +7,8 @@ values: every program owns its keys, so that sums are made in one order and equa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,6 @@ from visionattn.kernels.routed.fused.geometry import (
     bias_of_keys,
     bias_of_queries,
     geometry,
-    launch_options,
     listed_pixels,
     num_programs,
     offset_of,
@@ -29,7 +30,7 @@ from visionattn.kernels.routed.fused.geometry import (
     scores,
     set_of_lists,
 )
-from visionattn.kernels.triton_rows import LOG2_E, equally_strided, load_rows, store_rows
+from visionattn.kernels.triton_rows import LOG2_E, equally_strided, load_rows, store_rows, tile_options
 
 
 @triton.jit
@@ -65,7 +66,8 @@ def query_kernel(
     grad = load_rows(grad_out + image * HEAD_DIM, row * HEAD_DIM, own.valid, HEAD_DIM, BLOCK_D)
     result = load_rows(out + image * HEAD_DIM, row * HEAD_DIM, own.valid, HEAD_DIM, BLOCK_D)
     drop = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
-    drop -= tl.load(grad_lse + image + row, mask=own.valid, other=0.0)
+    if grad_lse is not None:
+        drop -= tl.load(grad_lse + image + row, mask=own.valid, other=0.0)
     tl.store(delta + image + row, drop, mask=own.valid)
     # An empty list has the log-sum-exp -inf; all its weights are masked below.
     norm = tl.load(lse + image + row, mask=own.valid, other=0.0)
@@ -154,30 +156,32 @@ def key_kernel(
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
+    outputs: Sequence[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     indices: Tensor,
-    out: Tensor,
-    lse: Tensor,
     bias: Tensor | None,
-    region: tuple[int, int],
+    region: Sequence[int],
     scale: float,
+    with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the bias, contiguous; arguments as in `library.py`."""
+    """Gradients of q, k, v, contiguous, and of the bias if wanted; `outputs` are those of `forward`."""
     q, k, v = equally_strided(q, k, v)
+    indices, bias = indices.to(torch.int32).contiguous(), None if bias is None else bias.contiguous()
     # The gradient of a sum is an expanded number.
-    grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
+    grad_out, grad_lse = grad_out.contiguous(), None if grad_lse is None else grad_lse.contiguous()
+    out, lse = outputs
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     delta = torch.empty_like(lse)
     numbers = geometry(q, indices, region, bias)
-    options = {**numbers, **launch_options(q, region, bias is not None, backward=True)}
+    options = {**numbers, **tile_options(q, region[0] * region[1], bias is not None, backward=True)}
     grid = (num_programs(q, region, options["OWN"]),)
     query_kernel[grid](q, k, v, indices, bias, out, lse, grad_out, grad_lse, delta, grad_q, scale, **options)
     starts, queries = reverse_lists(indices)
     key_kernel[grid](q, k, v, starts, queries, bias, lse, grad_out, delta, grad_k, grad_v, scale, **options)
-    if bias is None:
+    if bias is None or not with_bias:
         return grad_q, grad_k, grad_v, None
     grad_bias = bias_gradient(q, k, v, indices, bias, lse, grad_out, delta, scale, numbers)
     return grad_q, grad_k, grad_v, grad_bias

@@ -7,6 +7,8 @@ small regions share a tile. The files of this folder are imported only when a ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,6 @@ from visionattn.kernels.routed.fused.geometry import (
     bias_of_keys,
     bias_of_queries,
     geometry,
-    launch_options,
     listed_pixels,
     num_programs,
     offset_of,
@@ -28,7 +29,7 @@ from visionattn.kernels.routed.fused.geometry import (
     scores,
     set_of_lists,
 )
-from visionattn.kernels.triton_rows import LN_2, equally_strided, load_rows, store_rows
+from visionattn.kernels.triton_rows import LN_2, equally_strided, load_rows, store_rows, tile_options
 
 
 @triton.jit
@@ -94,14 +95,18 @@ def forward(
     v: Tensor,
     indices: Tensor,
     bias: Tensor | None,
-    region: tuple[int, int],
+    region: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, H, W, heads, d]`, log-sum-exp `[B, H, W, heads]` float32; arguments as in `library.py`."""
     q, k, v = equally_strided(q, k, v)
+    indices, bias = indices.to(torch.int32).contiguous(), None if bias is None else bias.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-    options = {**geometry(q, indices, region, bias), **launch_options(q, region, bias is not None)}
+    options = {
+        **geometry(q, indices, region, bias),
+        **tile_options(q, region[0] * region[1], bias is not None),
+    }
     grid = (num_programs(q, region, options["OWN"]),)
     forward_kernel[grid](q, k, v, indices, bias, out, lse, scale, **options)
     return out, lse

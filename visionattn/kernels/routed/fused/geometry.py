@@ -4,14 +4,14 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels.triton_rows import LOG2_E, Strides, padded_head_dim, precision
+from visionattn.kernels.triton_rows import LOG2_E, Strides
 
 
 class Regions(NamedTuple):
@@ -151,7 +151,7 @@ def scores(own_rows, other_rows, own, others, bias, own_part, others_part, scale
     return logits
 
 
-def geometry(q: Tensor, indices: Tensor, region: tuple[int, int], bias: Tensor | None) -> dict[str, Any]:
+def geometry(q: Tensor, indices: Tensor, region: Sequence[int], bias: Tensor | None) -> dict[str, Any]:
     """The numbers that all kernels take; a bias is contiguous, a relative table or dense."""
     _, height, width, heads, _ = q.shape
     _, lists, count, topk = indices.shape
@@ -175,43 +175,8 @@ def is_table(bias: Tensor, q: Tensor) -> bool:
     return bias.shape[1:] == (2 * q.shape[1] - 1, 2 * q.shape[2] - 1)
 
 
-def num_programs(q: Tensor, region: tuple[int, int], tile: int) -> int:
+def num_programs(q: Tensor, region: Sequence[int], tile: int) -> int:
     """Tiles of all regions, heads and images."""
     batch, height, width, heads, _ = q.shape
     regions = -(-height // region[0]) * -(-width // region[1])
     return batch * heads * regions * -(-(region[0] * region[1]) // tile)
-
-
-def launch_options(
-    q: Tensor,
-    region: tuple[int, int],
-    has_bias: bool = False,
-    backward: bool = False,
-    hip: bool = torch.version.hip is not None,
-) -> dict[str, Any]:
-    """Tiles, warps and precision for these shapes.
-
-    `OWN` vectors of a region are a program's own, `OTHERS` at a time are streamed. Chosen so that the
-    compiled kernels keep their numbers in registers; the tests assert it.
-    """
-    dim = padded_head_dim(q)
-    single = q.dtype == torch.float32
-    # Products in float32 do not run on matrix units and take registers for their operands.
-    widest = 32 if dim > 128 or single else 64
-    own = min(max(16, triton.next_power_of_2(region[0] * region[1])), widest)
-    if dim > 128 and not hip:
-        warps = 8
-    elif own < 64:
-        warps = 4 if dim > 64 or single else 2
-    else:
-        warps = 4 if hip or dim <= (32 if backward else 64) else 8
-    return {
-        "HEAD_DIM": q.shape[4],
-        "BLOCK_D": dim,
-        "OWN": own,
-        # The places of a bias are held beside the logits.
-        "OTHERS": 32 if dim > 64 or single or has_bias else 64,
-        "PRECISION": precision(q),
-        "num_warps": warps,
-        "num_stages": 1 if dim > 64 or single else 2,
-    }
