@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from scipy.io import savemat
 
 import visionattn
-from visionattn.data.degradations import bicubic_low_resolution, modcrop
+from visionattn.data.degradations.resize import bicubic_low_resolution, modcrop
 from visionattn.data.images import read_image, to_pil
 from visionattn.tasks.restoration.metrics import psnr, ssim
 from visionattn.tasks.restoration.task import restore

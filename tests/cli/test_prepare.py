@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionattn.data.degradations import bicubic_low_resolution
+from visionattn.data.degradations.resize import bicubic_low_resolution
 from visionattn.data.files import pair_files
 from visionattn.data.images import read_image, to_pil
 from visionattn.data.paired import PairedImages

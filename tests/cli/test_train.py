@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from visionattn.engine.cli import run_command
+from visionattn.cli import evaluate, train
 
 ROOT = Path(__file__).parents[2]
 TRAIN, EVALUATE = (str(ROOT / "tools" / name) for name in ("train.py", "evaluate.py"))
@@ -33,7 +31,7 @@ train: {batch_size: 64, workers: 1, log_every: 1, save_every: 5}
 
 KILLED = """
 import os, signal, sys
-from visionattn.engine.cli import run_command
+from visionattn.cli.train import main
 from visionattn.engine.recorder import Recorder
 advance = Recorder.advance
 def dying(self):
@@ -41,9 +39,7 @@ def dying(self):
     if self.state.step == 29:
         os.kill(os.getpid(), signal.SIGKILL)
 Recorder.advance = dying
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import train
-run_command(lambda: train.main(train.parse_arguments(sys.argv[2:])))
+main(sys.argv[1:])
 """
 
 
@@ -83,7 +79,7 @@ def test_training_learns(whole: Path) -> None:
 
 def test_a_killed_run_resumes_to_the_same_result(config: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    killed = run("-c", KILLED, TRAIN, config, f"output={folder}")
+    killed = run("-c", KILLED, config, f"output={folder}")
     assert killed.returncode == -9, killed.stderr
     resumed = run(TRAIN, config, f"output={folder}", "resume=auto")
     assert resumed.returncode == 0, resumed.stderr
@@ -156,10 +152,9 @@ def test_wrong_input_is_one_sentence(
     command: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
-    tool = load_tool(command[0])
-    arguments = tool.parse_arguments([argument.format(folder=tmp_path) for argument in command[1:]])
+    tool = train if command[0] == TRAIN else evaluate
     with pytest.raises(SystemExit) as ended:
-        run_command(lambda: tool.main(arguments))
+        tool.main([argument.format(folder=tmp_path) for argument in command[1:]])
     assert ended.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
@@ -168,21 +163,12 @@ def test_wrong_input_is_one_sentence(
 
 
 def test_help_and_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (TRAIN, EVALUATE):
+    for tool in (train, evaluate):
         with pytest.raises(SystemExit, match="0"):
-            load_tool(path).parse_arguments(["--help"])
+            tool.parse_arguments(["--help"])
         assert "examples:" in capsys.readouterr().out
-    train = load_tool(TRAIN)
-    train.main(train.parse_arguments([DEMO, "--options"]))
+    with pytest.raises(SystemExit, match="0"):
+        train.main([DEMO, "--options"])
     listed = capsys.readouterr().out
     assert "optimizer.lr" in listed
     assert "augment.mixup" in listed
-
-
-def load_tool(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool

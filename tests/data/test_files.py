@@ -12,7 +12,8 @@ from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
 
-from visionattn.data.degradations import bicubic_low_resolution
+from visionattn.data.degradations.pipeline import Degradation
+from visionattn.data.degradations.resize import bicubic_low_resolution
 from visionattn.data.files import (
     LmdbImage,
     list_by_stem,
@@ -22,7 +23,6 @@ from visionattn.data.files import (
 )
 from visionattn.data.images import ImageError, read_image, to_pil
 from visionattn.data.paired import PairedImages, TrainingCrops
-from visionattn.data.pipeline import Degradation
 from visionattn.data.prepare import make_lmdb
 
 GENERATOR = torch.Generator().manual_seed(0)

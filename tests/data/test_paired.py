@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visionattn.data.degradations import bicubic_low_resolution, modcrop, to_uint8
+from visionattn.data.degradations.resize import bicubic_low_resolution, modcrop, to_uint8
 from visionattn.data.files import pair_files
 from visionattn.data.images import ImageError, read_image, to_pil
 from visionattn.data.paired import PairedImages, TrainingCrops

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_loop import rows
 from torch.optim import SGD
 
+from visionattn.data import pictures
 from visionattn.engine import recorder, run_folder
 from visionattn.engine.loop import Result, train
 from visionattn.engine.run_folder import read_state
@@ -104,7 +105,7 @@ def test_killed_while_saving(
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        run_folder.replacing = recorder.replacing = dying
+        pictures.replacing = run_folder.replacing = recorder.replacing = dying
         return train(make_task("killed", **OPTIONS))
 
     killed = Started(run)

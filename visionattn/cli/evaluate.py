@@ -56,12 +56,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from visionattn import tasks
     from visionattn.engine.distributed import process_index
     from visionattn.engine.loop import evaluate
+    from visionattn.engine.task import NamedImages
 
-    named = tasks.image_overrides(
-        arguments.data, arguments.inputs, arguments.template, arguments.self_ensemble
-    )
-    overrides = [*named, *arguments.overrides]
-    task = tasks.create_task(tasks.load_trained_config(arguments.source, overrides, arguments.checkpoint))
+    named = NamedImages(arguments.data, arguments.inputs, arguments.template, arguments.self_ensemble)
+    config = tasks.load_trained_config(arguments.source, arguments.overrides, arguments.checkpoint, named)
+    task = tasks.create_task(config)
     metrics = evaluate(task)
     if process_index() == 0:
         print("\n".join(f"{name}: {value:.6g}" for name, value in metrics.items()))

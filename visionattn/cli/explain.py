@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    from visionattn.predict.explanation import explain_image
-    from visionattn.predict.prediction import open_restorer
+    from visionattn.predict.explain import explain_image
+    from visionattn.predict.files import open_restorer
 
     explained = explain_image(
         open_restorer(arguments.model, arguments.checkpoint),

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from visionattn.predict.prediction import predict_files
+    from visionattn.predict.files import predict_files
 
     broken = total = 0
     for file, result in predict_files(

@@ -42,8 +42,8 @@ def _restore(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from visionattn.inference.tiles import describe_tiles
-    from visionattn.predict.prediction import find_pictures, open_restorer
-    from visionattn.predict.restoration import RestoreOptions, restore_files
+    from visionattn.predict.files import find_pictures, open_restorer
+    from visionattn.predict.restore import RestoreOptions, restore_files
 
     files = find_pictures(arguments.images)
     model: Any = open_restorer(arguments.model, arguments.checkpoint)

@@ -110,7 +110,7 @@ class CocoImages(Dataset):
         return {"images": images, "annotations": objects, "categories": self.content["categories"]}
 
     def as_results(self, index: int, found: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
-        """What was found in an image, in COCO's format of results.
+        """Write the objects found in an image in COCO's format of results.
 
         Args:
             index: which image.

@@ -24,7 +24,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visionattn.data.images import EXTENSIONS, ImageError, list_images, open_image, to_grey, to_tensor
+from visionattn.data.images import (
+    EXTENSIONS,
+    ImageError,
+    decoding,
+    list_images,
+    open_image,
+    to_grey,
+    to_tensor,
+)
 
 CUBE_EXTENSIONS = frozenset({".npy", ".mat"})
 _SHOWN_PROBLEMS = 3
@@ -73,14 +81,12 @@ def read_depth(source: ImageSource) -> Tensor:
     """A depth map as float32 `[1, H, W]`: a grey image scaled to [0, 1], or floats as they are.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ImageError: it is damaged, or has several channels.
     """
     if isinstance(source, Path) and source.suffix.lower() not in CUBE_EXTENSIONS:
-        try:
-            with Image.open(source) as image:
-                array = np.array(image)
-        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{source}: {error}") from error
+        with decoding(source), Image.open(source) as image:
+            array = np.array(image)
     elif isinstance(source, Path):
         array = _load_array(source, "gt")
     else:

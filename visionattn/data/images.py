@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +20,25 @@ class ImageError(ValueError):
     """An image file cannot be used; the message names the file and the reason."""
 
 
+@contextmanager
+def decoding(path: object) -> Iterator[None]:
+    """Turn what decoders raise at damaged files into an `ImageError` that names the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageError: the file is not an image, is damaged, or is dangerously large.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: not an image file, or of an unknown format") from error
+    # Pillow's decoders report damage by any of these, depending on the format.
+    except (OSError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: {error}") from error
+
+
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """The image of a file as 8-bit RGB, upright (EXIF orientation applied), fully decoded.
 
@@ -31,18 +51,10 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
         ImageError: the file is not an image, is damaged, is dangerously large, or holds more than 8 bits per
             channel (which a conversion would clip silently).
     """
-    try:
-        with Image.open(content or path) as image:
-            if image.mode.startswith(_MORE_THAN_8_BITS):
-                raise ImageError(f"{path}: {image.mode} pixels have more than 8 bits; convert them first")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not an image file, or of an unknown format") from error
-    # Pillow's decoders report damage by any of these, depending on the format.
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: {error}") from error
+    with decoding(path), Image.open(content or path) as image:
+        if image.mode.startswith(_MORE_THAN_8_BITS):
+            raise ImageError(f"{path}: {image.mode} pixels have more than 8 bits; convert them first")
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def read_image(path: str | Path) -> Tensor:

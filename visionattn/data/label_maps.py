@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from visionattn.data.images import EXTENSIONS, ImageError, open_image, to_tensor
+from visionattn.data.images import EXTENSIONS, ImageError, decoding, open_image, to_tensor
 
 IGNORED = 255  # pixels of this value in a class map are neither learned nor judged
 
@@ -121,13 +121,8 @@ def read_class_map(path: str | Path) -> np.ndarray:
     Raises:
         ImageError: the file is not an image, is damaged, or has colours in place of classes.
     """
-    try:
-        with Image.open(path) as image:
-            values = np.asarray(image)
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not an image file, or of an unknown format") from error
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: {error}") from error
+    with decoding(path), Image.open(path) as image:
+        values = np.asarray(image)
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise ImageError(f"{path}: a class map has one whole number per pixel, but this is of another kind")
     return values

@@ -17,10 +17,10 @@ from numpy.random import RandomState
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from visionattn.data.degradations import bicubic_low_resolution, modcrop
+from visionattn.data.degradations.pipeline import Degradation
+from visionattn.data.degradations.resize import bicubic_low_resolution, modcrop
 from visionattn.data.files import ImageSource, read_depth, read_planes, shorten
 from visionattn.data.images import ImageError
-from visionattn.data.pipeline import Degradation
 
 # Benchmarks cut their truths to multiples of 12 pixels before they reduce them.
 _LARGEST_REMAINDER = 12

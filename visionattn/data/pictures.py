@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms
 from torch import Tensor
 
-from visionattn.data.images import EXTENSIONS, ImageError
+from visionattn.data.images import EXTENSIONS, ImageError, decoding, list_images
 from visionattn.files import replacing
 
 Format = Literal["png", "jpeg", "webp"]
@@ -57,12 +57,7 @@ def list_pictures(place: str | Path) -> list[Path]:
         return [place]
     if not place.is_dir():
         raise FileNotFoundError(f"there is no image or folder {place}")
-    files = sorted(f for f in place.iterdir() if f.suffix.lower() in PICTURE_EXTENSIONS and f.is_file())
-    if not files:
-        raise FileNotFoundError(
-            f"the folder {place} holds no image ({', '.join(sorted(PICTURE_EXTENSIONS))})"
-        )
-    return files
+    return list_images(place, PICTURE_EXTENSIONS)
 
 
 def read_picture(path: str | Path) -> Picture:
@@ -76,7 +71,7 @@ def read_picture(path: str | Path) -> Picture:
         ImageError: the file is no image, is damaged, animated, or dangerously large, or has pixels of another
             kind.
     """
-    try:
+    with decoding(path):
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             frames = getattr(image, "n_frames", 1)
@@ -87,13 +82,6 @@ def read_picture(path: str | Path) -> Picture:
             image.load()
             pixels, bits, profile = _pixels(image, content, str(path))
             exif, orientation = image.getexif(), image.getexif().get(_ORIENTATION, 1)
-    except FileNotFoundError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not an image file, or of an unknown format") from error
-    # Decoders report damage by any of these, depending on the format.
-    except (OSError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: {error}") from error
     exif.pop(_ORIENTATION, None)
     pixels = _upright(pixels, orientation)
     colors = (pixels.shape[0] - 1) // 2 * 2 + 1
@@ -129,6 +117,16 @@ def write_picture(picture: Picture, path: Path, format: Format = "png") -> None:
             image.save(beside, format=format, **options)
         except ValueError as error:  # sides beyond what the format allows
             raise ImageError(f"{path}: {error}") from error
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """Write an image as it is, as a PNG file that is there whole or not at all.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    with replacing(path) as beside:
+        image.save(beside, format="PNG")
 
 
 def _pixels(image: Image.Image, content: bytes, path: str) -> tuple[Tensor, int, bytes | None]:

@@ -45,7 +45,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """What scenes look like.
+    """The looks and the number of scenes.
 
     Attributes:
         train: number of training scenes.

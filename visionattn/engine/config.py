@@ -158,7 +158,7 @@ class TrainConfig(Section):
 
 
 class RunConfig(Section):
-    """What every run has; a task adds its own sections."""
+    """A run; a task adds its own sections."""
 
     task: str = Field(description="what is trained")
     model: ModelConfig = Field(description="the network")
@@ -200,7 +200,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 def override_config(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """An unvalidated configuration with `key=value` overrides, as `read_config` takes them."""
     for override in overrides:
-        config = _merge(config, _parse_override(override))
+        config = merge_sections(config, _parse_override(override))
     return dict(config)
 
 
@@ -235,15 +235,16 @@ def _read_with_bases(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     bases = config.pop("_base_", None) or []
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _read_with_bases(path.parent / base, (*parents, path.resolve())))
-    return _merge(merged, config)
+        merged = merge_sections(merged, _read_with_bases(path.parent / base, (*parents, path.resolve())))
+    return merge_sections(merged, config)
 
 
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def merge_sections(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merged key by key, section by section; everything else of `top` replaces that of `base`."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge_sections(merged[key], value) if both else value
     return merged
 
 

@@ -1,4 +1,4 @@
-"""What tasks and the engine ask about processes; with one process every answer is the trivial one."""
+"""Questions about the processes of a run; with a single process every answer is the trivial one."""
 
 from __future__ import annotations
 

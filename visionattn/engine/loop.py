@@ -17,6 +17,7 @@ from torch import nn
 from visionattn.engine.batches import batch_count, endless_batches, seed_all
 from visionattn.engine.config import TrainConfig
 from visionattn.engine.distributed import expecting_others
+from visionattn.engine.network import evaluating
 from visionattn.engine.recorder import Recorder
 from visionattn.engine.run_folder import RunFolder, read_state
 from visionattn.engine.setup import create_accelerator, create_scheduler, distribute, make_plan
@@ -120,7 +121,7 @@ def evaluate(task: Task) -> dict[str, float]:
 def evaluate_weights(
     model: nn.Module, task: Task, loader: Iterable[Any], accelerator: Accelerator
 ) -> dict[str, float]:
-    """What `task.evaluate` says of `model`, a network like the task's own."""
+    """The metrics that `task.evaluate` finds for `model`, a network like the task's own."""
     if accelerator.num_processes > 1:
         distribute_bn(model, accelerator.num_processes, reduce=False)  # the statistics that will be saved
     with _judging(task, model), accelerator.autocast():
@@ -130,15 +131,13 @@ def evaluate_weights(
 @contextmanager
 def _judging(task: Task, model: nn.Module) -> Iterator[None]:
     """The task in evaluation mode with `model` in place of its network."""
-    own, was_training, task.model = task.model, task.training, model
-    task.eval()
-    try:
-        # Not inference_mode: a network may cache masks here that training uses afterwards.
-        with torch.no_grad(), gathered(model):
+    own = task.model
+    with evaluating(task), evaluating(model), gathered(model):
+        task.model = model
+        try:
             yield
-    finally:
-        task.model = own
-        task.train(was_training)
+        finally:
+            task.model = own
 
 
 def _update(

@@ -1,11 +1,14 @@
-"""Builds the network that a configuration names."""
+"""Networks as runs need them: built as a configuration names them, and judged in evaluation mode."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from visionattn.checkpoints import load_checkpoint
@@ -42,6 +45,12 @@ def check_network_name(name: str) -> None:
         raise InputError(f"unknown network {name!r}: {nearest(name, timm.list_models())}")
 
 
+def check_weights(name: str, checkpoint: str | Path | None) -> None:
+    """Raise an `InputError` unless a network has weights: a checkpoint, or published ones to download."""
+    if checkpoint is None and not timm.is_model_pretrained(name):
+        raise InputError(f"{name} has no weights that can be downloaded: give --checkpoint FILE")
+
+
 def load_weights(network: nn.Module, checkpoint: str | Path, name: str) -> None:
     """Load a checkpoint file strictly into the network called `name`.
 
@@ -50,3 +59,16 @@ def load_weights(network: nn.Module, checkpoint: str | Path, name: str) -> None:
     """
     with as_input_error(f"weights of {name}", ValueError, OSError):
         load_checkpoint(network, checkpoint)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode, without gradients, inside the block; afterwards in the mode it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        # Not inference_mode: a network may cache masks here that training uses afterwards.
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

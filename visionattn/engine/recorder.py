@@ -1,4 +1,4 @@
-"""What a user sees of a run: a progress bar or log lines, `metrics.csv`, TensorBoard."""
+"""The course of a run as a user follows it: a progress bar or log lines, `metrics.csv`, TensorBoard."""
 
 from __future__ import annotations
 

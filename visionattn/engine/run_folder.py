@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.checkpoints import save_checkpoint
+from visionattn.data.pictures import write_png
 from visionattn.engine.config import RunConfig
 from visionattn.engine.yaml_io import dump_yaml
 from visionattn.errors import InputError, as_input_error
@@ -112,8 +113,7 @@ class RunFolder:
     def write_pictures(self, pictures: Mapping[str, Image]) -> None:
         """Write `pictures/{name}.png`."""
         for name, picture in pictures.items():
-            with replacing(self.path / "pictures" / f"{name}.png") as beside:
-                picture.save(beside, format="PNG")
+            write_png(picture, self.path / "pictures" / f"{name}.png")
 
 
 def read_state(path: Path) -> dict[str, Any]:

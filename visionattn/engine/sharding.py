@@ -6,7 +6,7 @@ and in the other form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from visionattn.engine.distributed import process_count
 
@@ -81,7 +80,11 @@ def unsynchronized(network: nn.Module, accelerator: Accelerator) -> Iterator[Non
 
 def whole(tree: Any) -> Any:
     """A structure of tensors, numbers and texts, its sharded tensors whole; every process must call it."""
-    return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, tree)
+    if isinstance(tree, Mapping):
+        return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(whole, tree))
+    return tree.full_tensor() if isinstance(tree, DTensor) else tree
 
 
 def whole_optimizer_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:

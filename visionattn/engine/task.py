@@ -1,4 +1,4 @@
-"""What the engine knows of a task: a network, two loaders, a loss, an evaluation.
+"""The interface of tasks, which is all that the engine knows of them.
 
 The interface follows `timm.task` (a module whose forward is the loss, so that a distributed wrapper sees one
 ordinary forward call) without depending on it.
@@ -8,14 +8,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from visionattn.engine.config import RunConfig
+from visionattn.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+class NamedImages(NamedTuple):
+    """Images that a user names for a network to be judged on, in place of those of its configuration.
+
+    Attributes:
+        truths: a folder or LMDB of true images; None leaves the images as they are.
+        inputs: that of their inputs; None: they are made.
+        template: name of an input, with {} for that of its truth.
+        self_ensemble: whether to average over flips and transpositions.
+    """
+
+    truths: str | None = None
+    inputs: str | None = None
+    template: str | None = None
+    self_ensemble: bool = False
 
 
 class Task(nn.Module, ABC):
@@ -57,7 +74,23 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, inputs: Any) -> Any:
-        """What a user wants of `model` for raw inputs (images in, labels or images out)."""
+        """The answers of `model` to raw inputs: labels or images for images."""
+
+    def show(self, image: Image) -> Any:
+        """The answer to one image as users see it: a picture, or names with their probabilities.
+
+        The most probable name comes first. By default it is the answer of `predict` itself.
+        """
+        return self.predict([image])[0]
+
+    @classmethod
+    def judge_named(cls, images: NamedImages) -> dict[str, Any]:
+        """The options of a configuration, section by section, with which the named images are judged.
+
+        Raises:
+            InputError: the task judges no other images than those of its configuration.
+        """
+        raise InputError(f"{cls.__name__} judges the images of its configuration alone, not named ones")
 
     @abstractmethod
     def train_loader(self) -> Iterable[Any]:

@@ -16,15 +16,15 @@ from torch import nn
 from visionattn.checkpoints import load_checkpoint
 from visionattn.engine.config import ModelConfig
 from visionattn.errors import InputError
-from visionattn.tasks.dense.detectors import DetectorOptions, create_detector
-from visionattn.tasks.dense.segmenters import SegmenterOptions, create_segmenter
-from visionattn.tasks.dense.task import (
+from visionattn.tasks.dense.backbone import (
     BackboneOptions,
     DenseBackbone,
-    DenseData,
     create_body,
     load_dense_checkpoint,
 )
+from visionattn.tasks.dense.data import DenseData
+from visionattn.tasks.dense.detectors import DetectorOptions, create_detector
+from visionattn.tasks.dense.segmenters import SegmenterOptions, create_segmenter
 
 # One variant of every family in the default suite, those of the same family with the slow tests.
 BACKBONES = [

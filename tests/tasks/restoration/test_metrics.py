@@ -9,7 +9,8 @@ import torch
 from numpy.random import RandomState
 from safetensors.torch import load_file
 
-from visionattn.data.degradations import jpeg, to_uint8
+from visionattn.data.degradations.jpeg import jpeg
+from visionattn.data.degradations.resize import to_uint8
 from visionattn.data.images import rgb_to_y
 from visionattn.tasks.restoration.metrics import mpsnr, mssim, psnr, psnr_b, sam, ssim
 

@@ -19,7 +19,7 @@ from torchvision.transforms import Compose
 from visionattn.engine.batches import make_eval_loader, make_train_loader
 from visionattn.engine.config import RunConfig, Section
 from visionattn.engine.distributed import gather_objects
-from visionattn.engine.network import create_network
+from visionattn.engine.network import create_network, evaluating
 from visionattn.engine.task import Task
 from visionattn.errors import InputError, as_input_error
 from visionattn.tasks.classification.data import (
@@ -139,11 +139,15 @@ class ClassificationTask(Task):
             raise InputError("the held-out data is empty")
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
-    def predict(self, inputs: Sequence[Image], top: int = 5) -> list[list[tuple[str, float]]]:
-        """See `classify`."""
+    def predict(self, inputs: Sequence[Image], top: int | None = 5) -> list[list[tuple[str, float]]]:
+        """The most probable names of what images show, see `classify`."""
         return classify(
             self.model, inputs, self.config.data.class_names, top=top, preprocessing=self.preprocessing
         )
+
+    def show(self, image: Image) -> list[tuple[str, float]]:
+        """All names of the classes with their probabilities, the most probable first."""
+        return self.predict([image], top=None)[0]
 
     def train_loader(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the training images, augmented."""
@@ -259,23 +263,17 @@ def resolve_preprocessing(
 
 def check_image_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
     """Raise an `InputError` unless the network runs on one image `[C, H, W]` of this size."""
-    was_training = model.training
-    kinds = (ValueError, RuntimeError, AssertionError)
-    with (
-        torch.no_grad(),
-        as_input_error(f"{name} does not take images of {input_size[1]}x{input_size[2]}", *kinds),
-    ):
-        model.eval()(torch.zeros(1, *input_size))
-    model.train(was_training)
+    refused = f"{name} does not take images of {input_size[1]}x{input_size[2]}"
+    with evaluating(model), as_input_error(refused, ValueError, RuntimeError, AssertionError):
+        model(torch.zeros(1, *input_size))
 
 
-@torch.no_grad()
 def classify(
     model: nn.Module,
     images: Sequence[Image],
     class_names: Sequence[str] | None = None,
     *,
-    top: int = 5,
+    top: int | None = 5,
     preprocessing: dict[str, Any] | None = None,
 ) -> list[list[tuple[str, float]]]:
     """Name what images show.
@@ -285,7 +283,7 @@ def classify(
         images: any sizes and modes.
         class_names: names of the classes; by default ImageNet's where the network has its number of classes,
             else the numbers.
-        top: how many names per image.
+        top: how many names per image; None for all.
         preprocessing: from `resolve_preprocessing`, which is the default.
 
     Returns:
@@ -297,16 +295,14 @@ def classify(
     names = ("input_size", "interpolation", "mean", "std", "crop_pct")
     transform: Any = create_transform(**{name: settings[name] for name in names})
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    results = []
-    for image in images:
-        logits = model(transform(image.convert(mode)).unsqueeze(0).to(device))[0].float()
-        class_names = class_names or _known_names(model, len(logits))
-        found = logits.softmax(0).topk(min(top, len(logits)))
-        best = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        results.append([(class_names[index], probability) for index, probability in best])
-    model.train(was_training)
+    device, results = next(model.parameters()).device, []
+    with evaluating(model):
+        for image in images:
+            logits = model(transform(image.convert(mode)).unsqueeze(0).to(device))[0].float()
+            class_names = class_names or _known_names(model, len(logits))
+            found = logits.softmax(0).topk(min(top or len(logits), len(logits)))
+            best = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+            results.append([(class_names[index], probability) for index, probability in best])
     return results
 
 

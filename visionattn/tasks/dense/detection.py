@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,30 +10,18 @@ from faster_coco_eval import COCO, COCOeval_faster
 from PIL.Image import Image
 from pydantic import Field, field_validator
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from visionattn.data.coco import CocoImages
-from visionattn.data.images import to_pil, to_tensor
-from visionattn.engine.batches import make_eval_loader, make_train_loader
 from visionattn.engine.config import Section
 from visionattn.engine.distributed import gather_objects, process_index
-from visionattn.engine.task import Task
-from visionattn.errors import InputError, as_input_error
+from visionattn.errors import as_input_error
+from visionattn.tasks.dense.data import DenseData, find_split, refuse_or_skip
 from visionattn.tasks.dense.detectors import DetectorOptions, create_detector
-from visionattn.tasks.dense.drawing import draw_objects, in_square
-from visionattn.tasks.dense.task import (
-    DenseConfig,
-    DenseData,
-    load_weights,
-    refuse_or_skip,
-    remove_broken_images,
-    scenes_root,
-)
-from visionattn.tasks.dense.transforms import RandomScale, RandomSizedCrop, listed, plain
-from visionattn.tasks.restoration.comparison import draw_comparison
+from visionattn.tasks.dense.drawing import draw_objects
+from visionattn.tasks.dense.task import DenseConfig, DenseTask, load_weights
+from visionattn.tasks.dense.transforms import RandomScale, RandomSizedCrop
 
-_PICTURED_IMAGES = 4
 _PICTURED_SCORE = 0.3
 _STATISTICS = ("map", "map50", "map75", "map_small", "map_medium", "map_large")  # in COCOeval's order
 
@@ -91,7 +77,7 @@ class DetectionConfig(DenseConfig):
     detector: DetectorOptions = Field(default_factory=DetectorOptions, description="the detector")
 
 
-class DetectionTask(Task):
+class DetectionTask(DenseTask):
     """Trains a detector on a network's feature maps; judges it by COCO's average precision.
 
     Batches are lists of uint8 images `[3, H, W]` and of their targets, see `CocoImages`.
@@ -139,27 +125,19 @@ class DetectionTask(Task):
         results = {kind: [entry for part in parts for entry in part[kind]] for kind in mine}
         return gather_objects(self._score(results) if process_index() == 0 else {})[0]
 
-    def predict(self, inputs: Sequence[Image]) -> list[dict[str, Any]]:
-        """The objects in images of any sizes and modes.
+    def find(self, image: Tensor) -> dict[str, Any]:
+        """The objects in a uint8 image `[3, H, W]`.
 
         Returns:
-            For each image `boxes` (x1, y1, x2, y2) `[N, 4]`, `names`, `classes` (indices of the names),
-            `scores` `[N]` in descending order, and of Mask R-CNN `masks` bool `[N, H, W]`.
+            `boxes` (x1, y1, x2, y2) `[N, 4]`, `names`, `classes` (indices of the names), `scores` `[N]` in
+            descending order, and of Mask R-CNN `masks` bool `[N, H, W]`.
         """
-        device, was_training = next(self.model.parameters()).device, self.model.training
-        names: Any = self.config.data.class_names
-        self.model.eval()
-        results = []
-        with torch.no_grad():
-            for image in inputs:
-                found = _objects_of(self.model([to_tensor(image.convert("RGB")).to(device).float() / 255])[0])
-                classes = [label - 1 for label in found.pop("labels").tolist()]
-                results.append({**found, "classes": classes, "names": [names[index] for index in classes]})
-        self.model.train(was_training)
-        return results
+        found = _objects_of(self.model([image.float() / 255])[0])
+        classes = [label - 1 for label in found.pop("labels").tolist()]
+        return {**found, "classes": classes, "names": [self._names[index] for index in classes]}
 
-    def draw(self, image: Image) -> Image:
-        """The image with what was found in it, as far as its score is at least 0.3."""
+    def show(self, image: Image) -> Image:
+        """The image with the objects found in it whose score is at least 0.3."""
         found = self.predict([image])[0]
         count = int((found["scores"] >= _PICTURED_SCORE).sum())
         labels = [
@@ -169,60 +147,35 @@ class DetectionTask(Task):
         masks = found["masks"][:count] if "masks" in found else None
         return draw_objects(image, found["boxes"][:count], found["classes"][:count], labels[:count], masks)
 
-    def train_loader(self) -> Iterable[Any]:
-        """Augmented images and their objects."""
-        images = _Augmented(self._checked(True), training_transform(self.config.augment))
-        return make_train_loader(images, self.config.train, collate=listed)
+    def panels(self, name: str, image: Image, target: dict[str, Tensor]) -> list[tuple[str, Image]]:
+        """The image with its true objects, and with those that were found."""
+        classes = (target["labels"] - 1).tolist()
+        labels = [self._names[index] for index in classes]
+        truth = draw_objects(image, target["boxes"], classes, labels, target.get("masks"))
+        return [(f"{name}: truth", truth), ("found", self.show(image))]
 
-    def eval_loader(self) -> Iterable[Any]:
-        """Whole images."""
-        return make_eval_loader(_Augmented(self._held_out, None), self.config.train, collate=listed)
+    def training_transform(self) -> v2.Transform:
+        """See the function of this name."""
+        return training_transform(self.config.augment)
 
-    def pictures(self) -> dict[str, Image]:
-        """Truth and detections of the first held-out images."""
-        rows = []
-        names: Any = self.config.data.class_names
-        for index in range(min(len(self._held_out), _PICTURED_IMAGES)):
-            pixels, target = self._held_out[index]
-            image, classes = to_pil(pixels), (target["labels"] - 1).tolist()
-            truth = draw_objects(
-                image, plain(target["boxes"]), classes, [names[c] for c in classes], target.get("masks")
-            )
-            name = self._held_out.path(index).name
-            rows.append([(f"{name}: truth", in_square(truth)), ("found", in_square(self.draw(image)))])
-        return {"comparison": draw_comparison(rows, side=384)}
-
-    @cached_property
-    def _held_out(self) -> CocoImages:
-        return self._checked(False)
+    @property
+    def _names(self) -> list[str]:
+        return self.config.data.class_names or []
 
     def _checked(self, training: bool) -> CocoImages:
-        images, data = self._open(training), self.config.data
+        images = self._open(training)
         broken = dict(images.broken_objects())
-        refuse_or_skip(broken, len(images.content["annotations"]), "annotations", data)
+        refuse_or_skip(broken, len(images.content["annotations"]), "annotations", self.config.data)
         images.remove_objects(list(broken))
-        remove_broken_images(images, data)
-        return images
+        return super()._checked(training)
 
     def _open(self, training: bool) -> CocoImages:
         if training not in self._images:
-            self._images[training] = self._read(training)
+            data = self.config.data
+            places = find_split(data, training, "annotations", "annotations/instances_{}.json")
+            with as_input_error("cannot use the data", ValueError, OSError):
+                self._images[training] = CocoImages(*places, data.class_names, self.has_masks)
         return self._images[training]
-
-    def _read(self, training: bool) -> CocoImages:
-        data = self.config.data
-        if data.source == "scenes":
-            root, split = scenes_root(data), "train" if training else "validation"
-            images, annotations = f"images/{split}", f"annotations/instances_{split}.json"
-        else:
-            if data.root is None:
-                raise InputError(
-                    "data.source=coco needs data.root, the folder that holds images and annotations"
-                )
-            root, split = Path(data.root), "train" if training else "eval"
-            images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
-        with as_input_error("cannot use the data", ValueError, OSError):
-            return CocoImages(root / images, root / annotations, data.class_names, self.has_masks)
 
     def _score(self, results: dict[str, list[Any]]) -> dict[str, float]:
         reference = COCO(self._held_out.truth())
@@ -244,22 +197,6 @@ class DetectionTask(Task):
                 if value >= 0
             }
         return metrics
-
-
-class _Augmented(Dataset):
-    """Samples of `CocoImages` after a transform, as plain tensors."""
-
-    def __init__(self, images: CocoImages, transform: v2.Transform | None) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        image, target = self.images[index]
-        if self.transform is not None:
-            image, target = self.transform(image, target)
-        return plain(image), plain(target)
 
 
 def training_transform(augment: DetectionAugmentation) -> v2.Transform:

@@ -26,13 +26,13 @@ from torchvision.ops.poolers import initLevelMapper
 
 from visionattn.engine.config import ModelConfig, Section
 from visionattn.errors import InputError, as_input_error, nearest
-from visionattn.tasks.dense.task import (
+from visionattn.tasks.dense.backbone import (
     BackboneOptions,
     DenseBackbone,
-    DenseData,
     create_body,
     pixel_statistics,
 )
+from visionattn.tasks.dense.data import DenseData
 
 
 class DetectorOptions(Section):
@@ -139,7 +139,7 @@ def create_detector(
             raise InputError(f"unknown key detector.kwargs.{name}: {nearest(name, known)}")
     with as_input_error(f"cannot build {options.name} with detector.kwargs {options.kwargs}", *kinds):
         detector = make(pyramid, options, num_classes + 1, {**shared, **options.kwargs})
-    # What timm asks of a network when it groups parameters for the optimizer.
+    # timm asks a network for this when it groups parameters for the optimizer.
     undecayed = {f"backbone.{name}" for name in pyramid.undecayed()}
     detector.no_weight_decay = lambda: undecayed
     if sizes is None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,19 +10,17 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.transforms import v2
 
-from visionattn.data.images import to_pil, to_tensor
 from visionattn.data.label_maps import IGNORED, LabelMaps
 from visionattn.data.scenes import CLASS_NAMES as SCENE_CLASSES
-from visionattn.engine.batches import make_eval_loader, make_train_loader
 from visionattn.engine.config import Section
 from visionattn.engine.distributed import sum_over_processes
-from visionattn.engine.task import Task
 from visionattn.errors import InputError, as_input_error
-from visionattn.tasks.dense.drawing import draw_classes, in_square
+from visionattn.tasks.dense.backbone import pixel_statistics
+from visionattn.tasks.dense.data import DenseData, find_split
+from visionattn.tasks.dense.drawing import draw_classes
 from visionattn.tasks.dense.segmenters import (
     InferenceOptions,
     Segmenter,
@@ -32,18 +28,8 @@ from visionattn.tasks.dense.segmenters import (
     create_segmenter,
     segment,
 )
-from visionattn.tasks.dense.task import (
-    DenseConfig,
-    DenseData,
-    load_weights,
-    pixel_statistics,
-    remove_broken_images,
-    scenes_root,
-)
-from visionattn.tasks.dense.transforms import RandomScale, VariedCrop, listed, plain
-from visionattn.tasks.restoration.comparison import draw_comparison
-
-_PICTURED_IMAGES = 4
+from visionattn.tasks.dense.task import DenseConfig, DenseTask, load_weights
+from visionattn.tasks.dense.transforms import RandomScale, VariedCrop
 
 
 class SegmentationData(DenseData):
@@ -115,7 +101,7 @@ class SegmentationConfig(DenseConfig):
         return self
 
 
-class SegmentationTask(Task):
+class SegmentationTask(DenseTask):
     """Trains a head on a network's feature maps; judges it by the overlap of the classes.
 
     Batches are lists of uint8 images `[3, H, W]` and of class indices `[H, W]`, 255 where none is known.
@@ -185,72 +171,29 @@ class SegmentationTask(Task):
             "aacc": (hits.sum() / there.sum()).item(),
         }
 
-    def predict(self, inputs: Sequence[Image]) -> list[Tensor]:
-        """The class indices `[H, W]` of images of any sizes and modes."""
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            found = [
-                self._classes(to_tensor(image.convert("RGB")).to(next(self.model.parameters()).device)).cpu()
-                for image in inputs
-            ]
-        self.model.train(was_training)
-        return found
+    def find(self, image: Tensor) -> Tensor:
+        """The classes `[H, W]` of a uint8 image `[3, H, W]`."""
+        return self._classes(image).cpu()
 
-    def draw(self, image: Image) -> Image:
+    def show(self, image: Image) -> Image:
         """The image under the colours of its classes."""
         return self._draw(image, self.predict([image])[0])
 
-    def train_loader(self) -> Iterable[Any]:
-        """Augmented crops and their classes."""
-        images = _Augmented(self._checked(True), training_transform(self.config.augment))
-        return make_train_loader(images, self.config.train, collate=listed)
+    def panels(self, name: str, image: Image, target: Tensor) -> list[tuple[str, Image]]:
+        """The image, and the same under the colours of its true classes and of those that were found."""
+        return [(name, image), ("truth", self._draw(image, target)), ("found", self.show(image))]
 
-    def eval_loader(self) -> Iterable[Any]:
-        """Whole images and their classes."""
-        return make_eval_loader(_Augmented(self._held_out, None), self.config.train, collate=listed)
-
-    def pictures(self) -> dict[str, Image]:
-        """Image, truth and found classes of the first held-out images."""
-        rows = []
-        for index in range(min(len(self._held_out), _PICTURED_IMAGES)):
-            pixels, classes = self._held_out[index]
-            image, name = to_pil(pixels), self._held_out.path(index).name
-            panels = [
-                (name, image),
-                ("truth", self._draw(image, plain(classes))),
-                ("found", self.draw(image)),
-            ]
-            rows.append([(label, in_square(panel)) for label, panel in panels])
-        return {"comparison": draw_comparison(rows, side=384)}
-
-    @cached_property
-    def _held_out(self) -> LabelMaps:
-        return self._checked(False)
-
-    def _checked(self, training: bool) -> LabelMaps:
-        images = self._open(training)
-        remove_broken_images(images, self.config.data)
-        return images
+    def training_transform(self) -> v2.Transform:
+        """See the function of this name."""
+        return training_transform(self.config.augment)
 
     def _open(self, training: bool) -> LabelMaps:
         data = self.config.data
-        arguments: Any = (
-            len(data.class_names or []),
-            data.image_suffix,
-            data.label_suffix,
-            data.reduce_zero_label,
-        )
-        if data.source == "scenes":
-            root, split = scenes_root(data), "train" if training else "validation"
-            images, labels, arguments = f"images/{split}", f"annotations/{split}", arguments[:1]
-        else:
-            if data.root is None:
-                raise InputError("data.source=folders needs data.root, the folder of images and class maps")
-            root, split = Path(data.root), "train" if training else "eval"
-            images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+        places = find_split(data, training, "labels", "annotations/{}")
+        count = len(data.class_names or [])
+        names: Any = () if data.source == "scenes" else ("image_suffix", "label_suffix", "reduce_zero_label")
         with as_input_error("cannot use the data", ValueError, OSError):
-            return LabelMaps(root / images, root / labels, *arguments)
+            return LabelMaps(*places, count, **{name: getattr(data, name) for name in names})
 
     def _draw(self, image: Image, classes: Tensor) -> Image:
         data = self.config.data
@@ -272,22 +215,6 @@ class SegmentationTask(Task):
 
     def _normalize(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) / self.std
-
-
-class _Augmented(Dataset):
-    """Samples of `LabelMaps` after a transform, as plain tensors."""
-
-    def __init__(self, images: LabelMaps, transform: v2.Transform | None) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, classes = self.images[index]
-        if self.transform is not None:
-            image, classes = self.transform(image, classes)
-        return plain(image), plain(classes)
 
 
 def training_transform(augment: SegmentationAugmentation) -> v2.Transform:

@@ -1,6 +1,6 @@
 """Segmenters: a backbone under UPerNet, Semantic FPN or a plain head, and how they see images of any size.
 
-Modules have the names of MMSegmentation's `EncoderDecoder`, so that its checkpoints load (`dense.py`).
+Modules have the names of MMSegmentation's `EncoderDecoder`, so that its checkpoints load (`backbone.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from visionattn.engine.config import ModelConfig, Section
 from visionattn.heads.segmentation import FPN, FCNHead, FPNHead, UPerHead, resize
-from visionattn.tasks.dense.task import BackboneOptions, DenseBackbone, create_body
+from visionattn.tasks.dense.backbone import BackboneOptions, DenseBackbone, create_body
 from visionattn.tasks.dense.transforms import fitted_size
 
 

@@ -1,72 +1,34 @@
-"""What detection and segmentation share: backbones of any kind, their weights, checks of the data."""
+"""Parts of a run that detection and segmentation share: loaders, prediction, pictures, weights."""
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
+from PIL.Image import Image
 from pydantic import Field
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from visionattn.checkpoints import LoadReport, load_checkpoint, read_checkpoint, unwrap_state_dict
-from visionattn.data.scenes import SceneOptions, scenes_folder
-from visionattn.engine.config import ModelConfig, RunConfig, Section
-from visionattn.engine.distributed import gather_objects, process_count, process_index
-from visionattn.engine.network import create_network
-from visionattn.errors import InputError, as_input_error
+from visionattn.data.images import to_pil, to_tensor
+from visionattn.engine.batches import make_eval_loader, make_train_loader
+from visionattn.engine.config import RunConfig
+from visionattn.engine.distributed import process_index
+from visionattn.engine.network import evaluating
+from visionattn.engine.task import Task
+from visionattn.tasks.comparison import draw_comparison
+from visionattn.tasks.dense.backbone import BackboneOptions, load_dense_checkpoint
+from visionattn.tasks.dense.data import Augmented, DenseImages, remove_broken_images
+from visionattn.tasks.dense.drawing import in_square
+from visionattn.tasks.dense.transforms import listed, plain
 
-_SHOWN_PROBLEMS = 5
-
-
-class BackboneOptions(Section):
-    """How the network is used as a backbone."""
-
-    out_indices: list[int] | None = Field(
-        default=None, min_length=1, description="its maps in use; null: the last of every stride in use"
-    )
-    size_divisor: int | None = Field(
-        default=None,
-        gt=0,
-        description="images are filled up to multiples of it; null: where the network needs it",
-    )
-    norm_eval: bool = Field(default=False, description="keep the statistics of its batch norms as they are")
-    no_decay: list[str] = Field(
-        default=[],
-        description="parameters without weight decay, by parts of their names, beside its own choice",
-    )
-
-
-class DenseData(Section):
-    """The images, and where they are."""
-
-    root: str | None = Field(
-        default=None, description="folder of the data; of scenes, where they are written, null being a cache"
-    )
-    scenes: dict[str, Any] = Field(default={}, description="what built-in scenes look like: SceneOptions")
-    class_names: list[str] | None = Field(default=None, description="null: the data's own names")
-    mean: tuple[float, float, float] | None = Field(
-        default=None, description="of [0, 1] pixels; null: the network's own"
-    )
-    std: tuple[float, float, float] | None = Field(
-        default=None, description="of [0, 1] pixels; null: the network's own"
-    )
-    broken: Literal["error", "skip"] = Field(
-        default="error", description="on images and annotations that cannot be used, found before training"
-    )
-    check_images: int = Field(
-        default=10_000, ge=0, description="images per split that are read for this, evenly chosen from more"
-    )
+_PICTURED_IMAGES = 4
 
 
 class DenseConfig(RunConfig):
-    """What runs of both tasks have."""
+    """A detection or segmentation run."""
 
     backbone: BackboneOptions = Field(
         default_factory=BackboneOptions, description="how the network is used as a backbone"
@@ -76,120 +38,61 @@ class DenseConfig(RunConfig):
     )
 
 
-class Checked(Protocol):
-    """A dataset that knows which of its images cannot be used."""
+class DenseTask(Task):
+    """Trains heads on a network's feature maps to find something everywhere in images.
 
-    def __len__(self) -> int: ...
-
-    def why_broken(self, index: int, read: bool = True) -> str | None:
-        """The reason, or None."""
-        ...
-
-    def remove_images(self, indices: Sequence[int]) -> None:
-        """Leave images out."""
-        ...
-
-
-class DenseBackbone(nn.Module):
-    """A network's maps at several resolutions, for images of any size.
-
-    Images are filled up with zeros on the right and bottom to what the network needs; the maps cover the
-    image alone, `ceil(side / stride)` per side.
-
-    Args:
-        body: a network made by timm with `features_only=True`.
-        options: how it is used.
-
-    Attributes:
-        channels: of each map, the finest first.
-        strides: of each map in pixels.
+    Batches are lists of uint8 images `[3, H, W]` and of their targets.
     """
 
-    def __init__(self, body: Any, options: BackboneOptions) -> None:
-        super().__init__()
-        self.body = body
-        self.channels: list[int] = body.feature_info.channels()
-        self.strides: list[int] = body.feature_info.reduction()
-        self.norm_eval, self.no_decay = options.norm_eval, options.no_decay
-        stated: int | None = getattr(getattr(body, "model", body), "min_size", None)
-        self.min_size = stated or 1
-        self.size_divisor = options.size_divisor or self._needed_divisor(stated)
+    def predict(self, inputs: Sequence[Image]) -> list[Any]:
+        """The findings in images of any sizes and modes, one after the other."""
+        device = next(self.model.parameters()).device
+        with evaluating(self.model):
+            return [self.find(to_tensor(image.convert("RGB")).to(device)) for image in inputs]
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images `[B, 3, H, W]` to maps `[B, C_i, ceil(H / s_i), ceil(W / s_i)]`."""
-        height, width = images.shape[-2:]
-        bottom, right = (self._filled(side) - side for side in (height, width))
-        maps = self.body(F.pad(images, (0, right, 0, bottom)))
-        return [
-            x[..., : math.ceil(height / stride), : math.ceil(width / stride)]
-            for x, stride in zip(maps, self.strides, strict=True)
-        ]
+    def train_loader(self) -> Iterable[Any]:
+        """Augmented images and their targets."""
+        images = Augmented(self._checked(True), self.training_transform())
+        return make_train_loader(images, self.config.train, collate=listed)
 
-    def train(self, mode: bool = True) -> DenseBackbone:
-        """Training or evaluation mode, which batch norms do not follow where they are to be kept."""
-        super().train(mode)
-        if self.norm_eval:
-            for module in self.body.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        return self
+    def eval_loader(self) -> Iterable[Any]:
+        """Whole images and their targets."""
+        return make_eval_loader(Augmented(self._held_out), self.config.train, collate=listed)
 
-    def undecayed(self) -> set[str]:
-        """Names of its parameters that are not decayed: by the network's own choice and by the options."""
-        network = getattr(self.body, "model", self.body)
-        own = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
-        prefix = "body." if network is self.body else "body.model."
-        return {prefix + name for name in own} | {
-            name
-            for name, _ in self.body.named_parameters(prefix="body")
-            if any(part in name for part in self.no_decay)
-        }
+    def pictures(self) -> dict[str, Image]:
+        """Truth and findings of the first held-out images."""
+        rows = []
+        for index in range(min(len(self._held_out), _PICTURED_IMAGES)):
+            pixels, target = self._held_out[index]
+            panels = self.panels(self._held_out.path(index).name, to_pil(pixels), plain(target))
+            rows.append([(label, in_square(panel)) for label, panel in panels])
+        return {"comparison": draw_comparison(rows, side=384)}
 
-    def _filled(self, side: int) -> int:
-        return self.size_divisor * math.ceil(max(side, self.min_size) / self.size_divisor)
+    @abstractmethod
+    def find(self, image: Tensor) -> Any:
+        """The findings in a uint8 image `[3, H, W]`, on the CPU."""
 
-    def _needed_divisor(self, min_size: int | None) -> int:
-        """1 where the network rounds the sizes of its maps up, as most of ours do."""
-        if min_size is None:
-            return max(self.strides)
-        side = max(min_size, *self.strides) + 1
-        with torch.no_grad():
-            maps = self.body.eval()(torch.zeros(1, 3, side, side))
-        self.train()
-        rounds_up = all(x.shape[-1] == math.ceil(side / s) for x, s in zip(maps, self.strides, strict=True))
-        return 1 if rounds_up else max(self.strides)
+    @abstractmethod
+    def training_transform(self) -> Callable[..., Any]:
+        """Random changes of a training image and its target."""
 
+    @abstractmethod
+    def panels(self, name: str, image: Image, target: Any) -> list[tuple[str, Image]]:
+        """The labelled pictures of a held-out image that show truth and findings."""
 
-def create_body(model: ModelConfig, options: BackboneOptions, min_stride: int = 4) -> nn.Module:
-    """The network of a configuration with `features_only=True`, without the weights of its checkpoint.
+    @abstractmethod
+    def _open(self, training: bool) -> DenseImages:
+        """The images of one side of the split."""
 
-    Args:
-        model: name and arguments of the network.
-        options: how it is used. By default its last map of every stride from `min_stride` on is.
-        min_stride: in pixels.
+    def _checked(self, training: bool) -> Any:
+        """Those of them that can be used."""
+        images, config = self._open(training), cast(Any, self.config)
+        remove_broken_images(images, config.data)
+        return images
 
-    Raises:
-        InputError: there is no such network, it does not take the arguments, or has no such maps.
-    """
-    start = model.model_copy(update={"checkpoint": None})
-    facts = getattr(create_network(start.model_copy(update={"pretrained": False})), "feature_info", None)
-    if facts is None:
-        raise InputError(f"{model.name} is no backbone: it gives no feature maps")
-    last = {info["reduction"]: index for index, info in enumerate(facts)}
-    chosen = options.out_indices or [index for stride, index in last.items() if stride >= min_stride]
-    kwargs: dict[str, Any] = {"features_only": True, "out_indices": sorted(chosen)}
-    if model.pretrained and model.kwargs.get("extra_norms"):
-        kwargs["pretrained_strict"] = False  # the published weights have no such norms
-    with as_input_error(
-        f"cannot use {model.name} as a backbone with out_indices {chosen}", AssertionError, IndexError
-    ):
-        return create_network(start, **kwargs)
-
-
-def pixel_statistics(body: Any, data: DenseData) -> tuple[list[float], list[float]]:
-    """Mean and deviation per channel by which images in [0, 1] are normalised for a network."""
-    own = resolve_data_config(pretrained_cfg=body.pretrained_cfg)
-    return list(data.mean or own["mean"]), list(data.std or own["std"])
+    @cached_property
+    def _held_out(self) -> Any:
+        return self._checked(False)
 
 
 def load_weights(model: nn.Module, config: DenseConfig) -> None:
@@ -205,92 +108,3 @@ def load_weights(model: nn.Module, config: DenseConfig) -> None:
         left_out = load_dense_checkpoint(model, config.initial_weights, strict=False)
         if left_out and process_index() == 0:
             print(f"initial_weights: {left_out}", file=sys.stderr)
-
-
-def load_dense_checkpoint(model: Any, source: str | Path, strict: bool = True) -> LoadReport:
-    """Load a checkpoint into a detector or segmenter whose backbone is a `DenseBackbone`.
-
-    One with weights of its heads is loaded as a whole, any other into the backbone alone. Names may be those
-    of the authors, as in checkpoints of MMSegmentation.
-
-    Args:
-        model: the detector or segmenter.
-        source: the file.
-        strict: refuse what does not fit; otherwise that is left as it is.
-
-    Returns:
-        What did not fit.
-
-    Raises:
-        InputError: the file is missing, unreadable, or does not fit.
-    """
-    with as_input_error("cannot load the weights", ValueError, OSError):
-        weights = unwrap_state_dict(read_checkpoint(source))
-        own = {name: x for name, x in model.state_dict().items() if not name.startswith("backbone.body.")}
-        if not any(name in own and not name.startswith(("backbone.", "neck.")) for name in weights):
-            return load_checkpoint(model.backbone.body, weights, strict)
-        of_body = {name: x for name, x in weights.items() if name.startswith("backbone.") and name not in own}
-        # The auxiliary head serves training alone, so that a model may be without it.
-        optional = () if hasattr(model, "auxiliary_head") else ("auxiliary_head.",)
-        heads = {
-            name: x for name, x in weights.items() if name not in of_body and not name.startswith(optional)
-        }
-        mismatched = [name for name in own if name in heads and own[name].shape != heads[name].shape]
-        report = LoadReport(
-            missing=tuple(n for n in own if n not in heads and not n.endswith("num_batches_tracked")),
-            unexpected=tuple(name for name in heads if name not in own),
-            mismatched=tuple(f"{n}: {tuple(heads[n].shape)}, {tuple(own[n].shape)}" for n in mismatched),
-        )
-        if report and strict:
-            raise ValueError(f"{source} does not fit: {report}")
-        of_backbone = load_checkpoint(model.backbone.body, of_body, strict)
-        fitting = {name: x for name, x in heads.items() if name in own and name not in mismatched}
-        model.load_state_dict(fitting, strict=False)
-    return LoadReport(
-        of_backbone.missing + report.missing,
-        of_backbone.unexpected + report.unexpected,
-        of_backbone.mismatched + report.mismatched,
-    )
-
-
-def scenes_root(data: DenseData) -> Path:
-    """The folder of the built-in scenes that a configuration asks for.
-
-    Raises:
-        InputError: there are no such options, or `data.root` holds something else.
-    """
-    kinds = (TypeError, ValueError, ModuleNotFoundError, OSError)
-    with as_input_error(f"cannot make data.source=scenes with data.scenes {data.scenes}", *kinds):
-        return scenes_folder(data.root, SceneOptions(**data.scenes))
-
-
-def remove_broken_images(dataset: Checked, data: DenseData) -> None:
-    """Read images and annotations, and deal with those that cannot be used as `data.broken` says.
-
-    Every process reads its share; all of them must call it.
-
-    Raises:
-        InputError: there are such images, and they shall not be skipped, or nothing else is left.
-    """
-    total = len(dataset)
-    every = math.ceil(total / data.check_images) if data.check_images else total + 1
-    mine = range(process_index(), total, process_count())
-    with ThreadPoolExecutor() as threads:  # decoding releases the interpreter lock
-        reasons = threads.map(lambda index: dataset.why_broken(index, read=index % every == 0), mine)
-        found = [(index, reason) for index, reason in zip(mine, reasons, strict=True) if reason]
-    broken = dict(sorted(pair for part in gather_objects(found) for pair in part))
-    refuse_or_skip(broken, total, "images", data)
-    dataset.remove_images(list(broken))
-
-
-def refuse_or_skip(broken: Mapping[int, str], total: int, what: str, data: DenseData) -> None:
-    """Say what is broken, as an error unless `data.broken` is to skip it and something is left."""
-    if not broken:
-        return
-    more = len(broken) - _SHOWN_PROBLEMS
-    shown = [*list(broken.values())[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
-    sentence = f"{len(broken)} of {total} {what} cannot be used: {'; '.join(shown)}"
-    if data.broken == "error" or len(broken) == total:
-        raise InputError(f"{sentence}; repair them, or pass over them with data.broken=skip")
-    if process_index() == 0:
-        print(f"skipped: {sentence}", file=sys.stderr)

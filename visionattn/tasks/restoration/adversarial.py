@@ -1,4 +1,4 @@
-"""What the real-world recipe adds to a pixel loss: VGG features and a discriminator.
+"""The losses that the real-world recipe adds to that of pixels: VGG features and a discriminator.
 
 Real-ESRGAN (Wang et al., 2021, arXiv 2107.10833), which HAT's real-world variants follow.
 """

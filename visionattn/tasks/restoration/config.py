@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from visionattn.data.pipeline import STEPS, Degradation
+from visionattn.data.degradations.pipeline import STEPS, Degradation
 from visionattn.engine.config import RunConfig, Section
 
 _PLACES = "folders of image files or cubes (.npy, .mat), or LMDB folders (*.lmdb)"

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from numpy.random import RandomState
 
+from visionattn.data.degradations.pipeline import Degradation
 from visionattn.data.files import ImageSource, pair_files
 from visionattn.data.paired import PairedImages
 from visionattn.data.photographs import photograph_files
-from visionattn.data.pipeline import Degradation
 from visionattn.engine.distributed import process_index
 from visionattn.errors import InputError, as_input_error
 from visionattn.models.frames.restorer import RestorationInfo

@@ -7,24 +7,23 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from visionattn.checkpoints import load_checkpoint
-from visionattn.data.blur import sharpen
-from visionattn.data.degradations import bicubic_upscale, to_uint8
+from visionattn.data.degradations.blur import sharpen
+from visionattn.data.degradations.resize import bicubic_upscale, to_uint8
 from visionattn.data.images import to_pil, to_tensor
 from visionattn.data.paired import Pair, PairedImages, TrainingCrops
 from visionattn.engine.batches import make_eval_loader, make_train_loader, seed_all
 from visionattn.engine.distributed import gather_objects, process_index
-from visionattn.engine.network import create_network
-from visionattn.engine.task import Task
+from visionattn.engine.network import create_network, evaluating
+from visionattn.engine.task import NamedImages, Task
 from visionattn.errors import InputError, as_input_error
 from visionattn.inference.ensemble import self_ensemble
 from visionattn.models.frames.restorer import RestorationInfo
+from visionattn.tasks.comparison import busiest_crop, draw_comparison
 from visionattn.tasks.restoration.adversarial import Discriminator, PerceptualLoss, adversarial_losses
-from visionattn.tasks.restoration.comparison import busiest_crop, draw_comparison
 from visionattn.tasks.restoration.config import RestorationConfig
 from visionattn.tasks.restoration.data import open_images
 from visionattn.tasks.restoration.metrics import mpsnr, mssim, psnr, psnr_b, sam, ssim
@@ -137,6 +136,19 @@ class RestorationTask(Task):
             return [self.predict(image) for image in inputs]
         return restore(self.model, inputs)
 
+    @classmethod
+    def judge_named(cls, images: NamedImages) -> dict[str, Any]:
+        """Named images come from folders, and are not degraded where their inputs are named too."""
+        data: dict[str, Any] = {}
+        if images.truths:
+            stored = [images.inputs] if images.inputs else []
+            data |= {"source": "folders", "eval_gt": images.truths, "eval_lq": stored}
+        if images.inputs:
+            data["eval_degradations"] = None
+        if images.template:
+            data["eval_template"] = images.template
+        return {"data": data, **({"self_ensemble": True} if images.self_ensemble else {})}
+
     def train_loader(self) -> Iterable[Any]:
         """Random crops as batches of `Pair`s; makes what training alone needs: VGG and discriminator."""
         self._make_losses()
@@ -192,7 +204,7 @@ class RestorationTask(Task):
         )
 
     def _plain(self, lq: Tensor) -> Tensor:
-        """What there is without a network: the bicubic enlargement of `lq` `[C, h, w]`, or itself; uint8."""
+        """The result without a network: `lq` `[C, h, w]`, enlarged bicubically if need be, as uint8."""
         plain = to_uint8(lq).cpu()
         return bicubic_upscale(plain, self.info.upscale) if self.info.upscale > 1 else plain
 
@@ -227,7 +239,7 @@ def restore(model: nn.Module, image: Image.Image) -> Image.Image:
     """Restore or enlarge an image.
 
     Args:
-        model: a network with an `info: RestorationInfo` attribute, in evaluation mode.
+        model: a network with an `info: RestorationInfo` attribute.
         image: of any mode.
 
     Raises:
@@ -245,7 +257,7 @@ def restore(model: nn.Module, image: Image.Image) -> Image.Image:
 
 def _run(model: nn.Module, lq: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The image that `network` (or `model` itself) makes of `lq` `[C, h, w]`, as float32 on the CPU."""
-    with torch.no_grad():
+    with evaluating(model):
         return (network or model)(lq[None].to(next(model.parameters()).device))[0].float().cpu()
 
 

@@ -17,11 +17,12 @@ import pydantic
 from numpy.random import RandomState
 from torch import Tensor
 
-from visionattn.data.blur import blur
-from visionattn.data.degradations import bicubic, jpeg, quantize
-from visionattn.data.haze import haze
-from visionattn.data.noise import gaussian_noise, hyperspectral_noise, poisson_noise
-from visionattn.data.real_world import real_world
+from visionattn.data.degradations.blur import blur
+from visionattn.data.degradations.haze import haze
+from visionattn.data.degradations.jpeg import jpeg
+from visionattn.data.degradations.noise import gaussian_noise, hyperspectral_noise, poisson_noise
+from visionattn.data.degradations.real_world import real_world
+from visionattn.data.degradations.resize import bicubic, quantize
 from visionattn.errors import nearest
 
 STEPS: dict[str, Callable[..., Tensor]] = {

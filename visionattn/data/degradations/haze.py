@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.random import RandomState
 from torch import Tensor
 
-from visionattn.data.ranges import Range, draw
+from visionattn.data.degradations.ranges import Range, draw
 
 
 def scatter(image: Tensor, depth: Tensor, beta: float, airlight: float) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from numpy.random import RandomState
 from safetensors.torch import load_file
 
-from visionattn.data.degradations import bicubic_low_resolution, imresize, jpeg, modcrop, to_uint8
+from visionattn.data.degradations.jpeg import jpeg
+from visionattn.data.degradations.resize import bicubic_low_resolution, imresize, modcrop, to_uint8
 
-GOLDEN = load_file(Path(__file__).parents[1] / "parity/metrics/psnr_ssim_bicubic.safetensors")
+GOLDEN = load_file(Path(__file__).parents[2] / "parity/metrics/psnr_ssim_bicubic.safetensors")
 
 
 def planes(name: str) -> torch.Tensor:

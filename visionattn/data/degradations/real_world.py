@@ -15,10 +15,10 @@ from numpy.random import RandomState
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from visionattn.data.blur import KERNEL_SIZES, filter_image, random_kernel, sharpen, sinc_kernel
-from visionattn.data.degradations import jpeg
-from visionattn.data.noise import gaussian_noise, poisson_noise
-from visionattn.data.ranges import Probability, QualityRange, Range
+from visionattn.data.degradations.blur import KERNEL_SIZES, filter_image, random_kernel, sharpen, sinc_kernel
+from visionattn.data.degradations.jpeg import jpeg
+from visionattn.data.degradations.noise import gaussian_noise, poisson_noise
+from visionattn.data.degradations.ranges import Probability, QualityRange, Range
 
 _MODES = ("area", "bilinear", "bicubic")
 

@@ -1,4 +1,4 @@
-"""Degradations that make a training or test input from a clean image.
+"""Resizing as MATLAB does it, and rounding to 8 bits.
 
 `imresize` follows MATLAB's function of that name with bicubic interpolation, by which the inputs of the
 super-resolution benchmarks are made (kernel: R. Keys, Cubic Convolution Interpolation for Digital Image
@@ -7,18 +7,11 @@ Processing, IEEE ASSP 1981, a = -1/2).
 
 from __future__ import annotations
 
-import io
 import math
 from functools import lru_cache
 
-import numpy as np
 import torch
-from numpy.random import RandomState
-from PIL import Image
 from torch import Tensor
-
-from visionattn.data.images import to_pil
-from visionattn.data.ranges import QualityRange
 
 
 def imresize(x: Tensor, scale: float, *, antialias: bool = True) -> Tensor:
@@ -67,34 +60,6 @@ def bicubic_low_resolution(image: Tensor, upscale: int) -> Tensor:
 def bicubic_upscale(image: Tensor, upscale: int) -> Tensor:
     """The bicubic baseline: `image` uint8 `[..., H, W]`, made `upscale` times larger."""
     return to_uint8(imresize(image.float() / 255, upscale))
-
-
-def jpeg(image: Tensor, rng: RandomState, quality: QualityRange) -> Tensor:
-    """What JPEG leaves of an image.
-
-    Pillow and OpenCV, by which the benchmarks are made, both use libjpeg with the same tables and 4:2:0
-    chroma: their images are equal to the last bit (compared on nine photographs at six qualities).
-
-    Args:
-        image: `[3, H, W]` or `[1, H, W]` in [0, 1]; rounded to 8 bits first.
-        rng: source of chance; not used where the quality is fixed.
-        quality: a range of 1 to 100, both ends included.
-
-    Returns:
-        The same shape, in steps of 1 / 255.
-
-    Raises:
-        ValueError: a number of channels other than 1 and 3.
-    """
-    if len(image) not in (1, 3):
-        raise ValueError(f"JPEG has 1 or 3 channels, the image {len(image)}")
-    low, high = quality
-    chosen = low if low == high else int(rng.randint(low, high + 1))
-    content = io.BytesIO()
-    to_pil(to_uint8(image)).save(content, format="JPEG", quality=chosen)
-    with Image.open(content) as decoded:
-        pixels = torch.from_numpy(np.array(decoded))
-    return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]).to(image.dtype) / 255
 
 
 def quantize(image: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.random import RandomState
 
-from visionattn.data.noise import gaussian_noise, hyperspectral_noise, poisson_noise
+from visionattn.data.degradations.noise import gaussian_noise, hyperspectral_noise, poisson_noise
 
 GREY = torch.full((3, 120, 160), 0.5)
 CUBE = torch.full((31, 80, 100), 0.5)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.data.degradations import imresize
+from visionattn.data.degradations.resize import imresize
 from visionattn.data.images import ImageError
 from visionattn.data.pictures import Format, Picture, read_picture, write_picture
 from visionattn.errors import InputError, as_input_error, one_line

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.random import RandomState
 from torch import Tensor
 
-from visionattn.data.ranges import Probability, Range
+from visionattn.data.degradations.ranges import Probability, Range
 
 Shape = Literal["gaussian", "generalized", "plateau"]
 KERNEL_SIZES = tuple(range(7, 22, 2))

@@ -10,21 +10,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from visionattn.data.degradations import bicubic_low_resolution, to_uint8
+from visionattn.data.degradations.resize import bicubic_low_resolution, to_uint8
 from visionattn.data.images import ImageError, read_image, to_pil
 from visionattn.data.photographs import photograph_files
+from visionattn.data.pictures import write_png
 from visionattn.errors import InputError, as_input_error, nearest
 from visionattn.files import replacing
 from visionattn.inference.attribution import Attribution, local_attribution
 from visionattn.models import RestorationInfo
-from visionattn.tasks.restoration.comparison import busiest_crop, draw_comparison
+from visionattn.tasks.comparison import busiest_crop, draw_comparison
 
 _RED = (215, 25, 28)
 
 
 @dataclass(frozen=True)
 class Explained:
-    """What was made of one image.
+    """The results for one image.
 
     Attributes:
         picture: the PNG file.
@@ -82,8 +83,7 @@ def explain_image(
         high = model(low[None])[0]
     name = Path(image).stem
     files = output / f"{name}_lam.png", output / f"{name}_lam.json"
-    with replacing(files[0]) as beside:
-        _draw(low.cpu(), high.cpu(), attribution, info.upscale).save(beside, format="PNG")
+    write_png(_draw(low.cpu(), high.cpu(), attribution, info.upscale), files[0])
     numbers = {
         "image": image,
         "diffusion_index": attribution.diffusion_index,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import visionattn  # noqa: F401  (registers the networks)
 from visionattn.errors import InputError
-from visionattn.predict.explanation import explain_image
+from visionattn.predict.explain import explain_image
 
 
 def network() -> torch.nn.Module:

@@ -14,7 +14,7 @@ from visionattn.data.images import ImageError
 from visionattn.engine.config import parse_config
 from visionattn.engine.run_folder import RunFolder
 from visionattn.errors import InputError
-from visionattn.predict.prediction import predict_files
+from visionattn.predict.files import predict_files
 from visionattn.tasks.restoration.task import RestorationConfig
 
 TOOL = Path(__file__).parents[2] / "tools/predict.py"

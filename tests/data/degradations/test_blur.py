@@ -8,7 +8,14 @@ import torch
 from numpy.random import RandomState
 from scipy import ndimage, special
 
-from visionattn.data.blur import blur, blur_kernel, filter_image, random_kernel, sharpen, sinc_kernel
+from visionattn.data.degradations.blur import (
+    blur,
+    blur_kernel,
+    filter_image,
+    random_kernel,
+    sharpen,
+    sinc_kernel,
+)
 
 
 def moments(kernel: np.ndarray) -> np.ndarray:

@@ -12,11 +12,12 @@ import torch
 from numpy.random import RandomState
 from PIL import Image
 
-from visionattn.data.degradations import bicubic_low_resolution, jpeg, to_uint8
-from visionattn.data.haze import haze, scatter, synthetic_depth
-from visionattn.data.noise import gaussian_noise
-from visionattn.data.pipeline import STEPS, Degradation
-from visionattn.data.real_world import SecondStage, Stage, real_world
+from visionattn.data.degradations.haze import haze, scatter, synthetic_depth
+from visionattn.data.degradations.jpeg import jpeg
+from visionattn.data.degradations.noise import gaussian_noise
+from visionattn.data.degradations.pipeline import STEPS, Degradation
+from visionattn.data.degradations.real_world import SecondStage, Stage, real_world
+from visionattn.data.degradations.resize import bicubic_low_resolution, to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from visionattn.data.pictures import Picture, read_picture, write_picture
 from visionattn.errors import InputError
 from visionattn.inference.tiles import run_in_tiles
 from visionattn.models import RestorationInfo
-from visionattn.predict.restoration import RestoreOptions, make_restorer, restore_files, restore_picture
+from visionattn.predict.restore import RestoreOptions, make_restorer, restore_files, restore_picture
 
 SMALL = {"depths": (1,), "embed_dim": 12, "num_heads": 2, "window_size": 8, "squeeze_factor": 6}
 

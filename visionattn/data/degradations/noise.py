@@ -15,7 +15,7 @@ from numpy.random import RandomState
 from pydantic import Field
 from torch import Tensor
 
-from visionattn.data.ranges import Probability, Range, draw
+from visionattn.data.degradations.ranges import Probability, Range, draw
 
 HyperspectralKind = Literal["iid", "noniid", "stripe", "deadline", "impulse", "mixture", "complex"]
 
