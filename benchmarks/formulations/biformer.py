@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.windows import merge, partition
@@ -15,13 +15,16 @@ from visionattn.models.biformer import FullAttention
 class TheirRoutingAttention(BiLevelRoutingAttention):
     """Either official operator, with the parameters of our layer."""
 
+    lepe: nn.Conv2d
+    scale: float
+
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
         region = self._region_size(*x.shape[1:3])
         return (_by_regions if self.pad == "input" else _by_maps)(self, x, region)
 
 
-def _by_regions(self: BiLevelRoutingAttention, x: Tensor, region: tuple[int, int]) -> Tensor:
+def _by_regions(self: TheirRoutingAttention, x: Tensor, region: tuple[int, int]) -> Tensor:
     """The map is cut into regions before the projection; keys and values are gathered together."""
     height, width, dim = x.shape[1:]
     sides = self.n_win * region[0], self.n_win * region[1]
@@ -36,7 +39,7 @@ def _by_regions(self: BiLevelRoutingAttention, x: Tensor, region: tuple[int, int
     return self.proj(out + local.permute(0, 2, 3, 1))[:, :height, :width].contiguous()
 
 
-def _by_maps(self: BiLevelRoutingAttention, x: Tensor, region: tuple[int, int]) -> Tensor:
+def _by_maps(self: TheirRoutingAttention, x: Tensor, region: tuple[int, int]) -> Tensor:
     """The map stays whole for the pooling of regions and for the convolution; keys are gathered by head."""
     q, k, v = self.qkv(x).chunk(3, -1)
     query, key = (
