@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from visionattn.inference.rehearsal import perform
+from visionattn.layers import bands
 from visionattn.layers.bands import folded, pixelwise, windowed
 
 
@@ -62,3 +63,29 @@ def test_pieces_overwrite_what_may_be_overwritten():
     with torch.no_grad(), perform([5]):
         pixelwise(mix, x, y, into=x, hidden_dim=2**10)
     assert [shape[1] for shape in seen] == [33, 5, 5, 5, 5, 5, 5, 3]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (7, 4)])
+def test_large_maps_pass_branches_in_pieces(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    sizes = []
+
+    def add_square(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x[..., 0].numel())
+        return x + x.square()
+
+    def run(x: torch.Tensor, training: bool) -> torch.Tensor:
+        return pixelwise(add_square, x, into=None if training else x, hidden_dim=8)
+
+    x = torch.randn(shape)
+    pixels, expected = x[..., 0].numel(), x + x.square()
+    assert torch.equal(run(x.clone(), training=False), expected)
+    monkeypatch.setattr(bands, "_IN_CACHE", 0)
+    monkeypatch.setattr(bands, "_PIECE", 3)
+    assert torch.equal(run(x.clone(), training=False), expected)
+    with torch.no_grad():
+        assert torch.equal(run(x.clone(), training=True), expected)
+        assert sizes == [pixels] * 3
+        strided = x.clone().transpose(0, -2)
+        assert torch.equal(run(strided, training=False), expected.transpose(0, -2))
+    assert sum(sizes) == 4 * pixels
+    assert max(sizes[3:]) <= 3 * torch.get_num_threads()

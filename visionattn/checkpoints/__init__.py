@@ -1,6 +1,6 @@
 """Read, recognise, convert, load and save network weights.
 
-Every family's file in `models/` knows both layouts of its weights, the authors' and ours (`LAYOUTS`); here
+Every family's file in `models/` knows both layouts of its weights, the authors' and ours (`LAYOUT`); here
 stands what is common to all: reading without running code, saying which network a file belongs to and exactly
 what does not fit.
 """

@@ -99,12 +99,12 @@ def pixelwise(
         return _by_bands(plan, function, maps, Rows(0, maps[0].shape[dim]), dim=dim, into=into)
     if into is None or hidden_dim is None or not _outgrows_caches(into, hidden_dim):
         return function(*maps)
+    out = into.contiguous()
+    pixels = [(out if m is into else m).reshape(-1, m.shape[-1]) for m in (into, *maps)]
     length = _PIECE * torch.get_num_threads()
-    into = into.contiguous()
-    pieces = (m.reshape(-1, m.shape[-1]).split(length) for m in maps)
-    for target, *piece in zip(into.view(-1, into.shape[-1]).split(length), *pieces):
-        target.copy_(function(*piece))
-    return into
+    for target, *pieces in zip(*(m.split(length) for m in pixels)):
+        target.copy_(function(*pieces))
+    return out
 
 
 def _outgrows_caches(x: Tensor, hidden_dim: int) -> bool:

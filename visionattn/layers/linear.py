@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visionattn.kernels import product
-
-# The hidden features of an MLP, in numbers, that caches hold; the pixels of a piece where they are more. The
-# best of powers of two as measured: up to 1.8 times faster.
-_IN_CACHE, _PIECE = 1 << 19, 512
 
 
 class Linear(nn.Linear):
@@ -51,26 +46,6 @@ class Mlp(nn.Module):
         if exact and _is_as_made(self.fc1, Linear):
             return self.fc2(product(x, self.fc1.weight, self.fc1.bias, gelu=True))
         return self.fc2(self.act(self.fc1(x)))
-
-
-def add_pixelwise(x: Tensor, branch: Callable[[Tensor], Tensor], hidden_dim: int, training: bool) -> Tensor:
-    """`x + branch(x)` for a branch that sees every pixel by itself, as norm and MLP do.
-
-    In inference on a CPU a large map is overwritten piece by piece, so that caches hold the hidden features.
-
-    Args:
-        x: `[..., C]`, a tensor that nobody needs any more.
-        branch: `[n, C]` to `[n, C]`, whatever n.
-        hidden_dim: features of the widest layer in the branch.
-        training: of the module; whether the branch may be random.
-    """
-    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not on_cpu or training or torch.is_grad_enabled() or hidden_dim * x[..., 0].numel() <= _IN_CACHE:
-        return x + branch(x)
-    x = x.contiguous()
-    for piece in x.view(-1, x.shape[-1]).split(_PIECE * torch.get_num_threads()):
-        piece += branch(piece)
-    return x
 
 
 def _is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:

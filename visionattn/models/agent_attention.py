@@ -80,8 +80,8 @@ def _attention(
 
 
 def _size(shapes: Shapes, attn: str) -> Size | None:
-    rows, columns = shapes.get(f"{attn}.ah_bias"), shapes.get(f"{attn}.aw_bias")
-    return (rows[3], columns[4]) if rows and columns and len(rows) == len(columns) == 5 else None
+    rows, columns = shapes.get(f"{attn}.ah_bias", 5), shapes.get(f"{attn}.aw_bias", 5)
+    return (rows[3], columns[4]) if rows and columns else None
 
 
 def _read_options(marks: Sequence[Shape | None]) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any] | None:
     depths = ours.lengths("stages", "blocks")
     dims = [ours[f"stages.{i}.blocks.0.norm1.weight"][0] for i in range(len(depths))]
     stem, lepe = ours["stem.0.weight"], ours["stages.0.blocks.0.attn.lepe.weight"]
-    position = ours.get("stages.0.blocks.0.pos_embed.weight")
+    position = ours.get("stages.0.blocks.0.pos_embed.weight", 4)
     out: dict[str, Any] = {
         "in_chans": stem[1],
         "num_classes": classes_of(ours),

@@ -369,7 +369,7 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
         "mlp_ratio": ours["layers.0.blocks.0.low.0.mlp.fc1.weight"][0] / body["embed_dim"],
         "qkv_bias": "layers.0.blocks.0.low.0.attn.qkv.bias" in ours,
     }
-    index, offsets = official.get("relative_position_index_h"), official.get("biases_h")
+    index, offsets = official.get("relative_position_index_h", 2), official.get("biases_h", 2)
     if index and offsets and (window := window_of(index[0], offsets[0])):
         out["split_size"] = window
     return out

@@ -240,9 +240,9 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any] | None:
     depths = ours.lengths("stages", "blocks")
     tables = [ours[f"stages.{i}.blocks.0.attn.rpb"] for i in range(len(depths))]
     dim = ours["stages.0.blocks.0.norm1.weight"][0]
-    patches, overlapping = ours.get("stem.proj.weight"), ours.get("stem.proj.0.weight")
+    patches, overlapping = ours.get("stem.proj.weight", 4), ours.get("stem.proj.0.weight", 4)
     stem = patches or overlapping
-    if stem is None or len(stem) != 4:
+    if stem is None:
         return None
     return {
         "in_chans": stem[1],

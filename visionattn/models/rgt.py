@@ -291,10 +291,10 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
         "mlp_ratio": ours["layers.0.blocks.0.mlp.fc1.weight"][0] / dim,
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in ours,
     }
-    if reduced := ours.get("layers.0.blocks.1.attn.conv.weight"):
+    if reduced := ours.get("layers.0.blocks.1.attn.conv.weight", 2):
         out["c_ratio"] = reduced[0] / dim
-    index = official.get("layers.0.blocks.0.attn.attns.0.relative_position_index")
-    offsets = official.get("layers.0.blocks.0.attn.attns.0.rpe_biases")
+    index = official.get("layers.0.blocks.0.attn.attns.0.relative_position_index", 2)
+    offsets = official.get("layers.0.blocks.0.attn.attns.0.rpe_biases", 2)
     if index and offsets and (window := window_of(index[0], offsets[0])):
         out["split_size"] = window
     return out

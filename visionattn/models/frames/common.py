@@ -11,7 +11,8 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from visionattn.kernels import product
-from visionattn.layers.linear import Mlp, add_pixelwise
+from visionattn.layers.bands import pixelwise
+from visionattn.layers.linear import Mlp
 from visionattn.layers.maps import is_known_to_be, on_nhwc
 
 Size = tuple[int, int]
@@ -103,10 +104,11 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         """`x` and the MLP branch; in inference on a CPU large maps are overwritten piece by piece."""
 
-        def branch(x: Tensor) -> Tensor:
-            return self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        def add_branch(x: Tensor) -> Tensor:
+            return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
-        return add_pixelwise(x, branch, self.hidden_dim, self.training)
+        # Stochastic depth draws for whole samples, which pieces do not know.
+        return pixelwise(add_branch, x, into=None if self.training else x, hidden_dim=self.hidden_dim)
 
 
 class StridedConv2d(nn.Conv2d):

@@ -264,7 +264,7 @@ def upsampler(
 def upscale_of(shapes: Shapes) -> int:
     """The enlargement of the `upsampler` named `upsample` in a state dict; 1 where there is none."""
     names = [name for name in shapes.names if name.startswith("upsample.") and name.endswith(".weight")]
-    steps = [shapes[name] for name in names]
+    steps = [shape for name in names if (shape := shapes.get(name, 4))]
     return math.prod(math.isqrt(rows // columns) for rows, columns, *_ in steps)
 
 

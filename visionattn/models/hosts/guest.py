@@ -66,8 +66,7 @@ class Guest:
 
     def mark_of(self, shapes: Shapes, block: str) -> Shape | None:
         """The shape of the mark in a block; None where the block has another attention."""
-        shape = shapes.get(f"{block}.attn.{self.mark}")
-        return shape if shape and len(shape) == self.mark_dims and 0 not in shape else None
+        return shapes.get(f"{block}.attn.{self.mark}", self.mark_dims)
 
     def fit(
         self, weights: dict[str, Tensor], model: nn.Module, others: Mapping[str, Resize] | None = None
@@ -102,7 +101,7 @@ def pyramid_arguments(ours: Shapes, guest: Guest) -> dict[str, Any] | None:
     firsts = [guest.mark_of(ours, f"stages.{i}.blocks.0") for i in range(len(depths))]
     for i, depth in enumerate(depths):
         marks = [m for j in range(depth) if (m := guest.mark_of(ours, f"stages.{i}.blocks.{j}"))]
-        table = ours.get(f"stages.{i}.blocks.{depth - 1}.attn.relative_position_bias_table")
+        table = ours.get(f"stages.{i}.blocks.{depth - 1}.attn.relative_position_bias_table", 3)
         if not (marks or table or num_heads):
             return None
         global_blocks.append(len(marks))

@@ -153,8 +153,8 @@ def _arguments(ours: Shapes, guest: Guest) -> dict[str, Any] | None:
     if out is None:
         return None
     out["embed_dim"] = ours["stages.0.blocks.0.norm1.weight"][0]
-    if name := ours.first(rf"\.{_TABLE}$"):
-        out["window_size"] = (ours[name][1] + 1) // 2
+    if (name := ours.first(rf"\.{_TABLE}$")) and (table := ours.get(name, 3)):
+        out["window_size"] = (table[1] + 1) // 2
     return out
 
 

@@ -26,9 +26,10 @@ class Shapes:
     def __getitem__(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
-    def get(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a parameter, None where there is none."""
-        return self._shapes.get(name)
+    def get(self, name: str, dims: int) -> tuple[int, ...] | None:
+        """The shape of a parameter, None where there is none of so many dimensions, or an empty one."""
+        shape = self._shapes.get(name, ())
+        return shape if len(shape) == dims and 0 not in shape else None
 
     def length(self, prefix: str) -> int:
         """How many modules `{prefix}.0`, `{prefix}.1`, ... there are."""
@@ -52,11 +53,10 @@ class Shapes:
         """
         for pattern, dims in needed.items():
             for name in self._numbered(pattern):
-                shape = self.get(name)
-                if shape is None:
+                if name not in self:
                     return f"it has no {name}"
-                if len(shape) != dims or 0 in shape:
-                    return f"{name} has the shape {shape}"
+                if self.get(name, dims) is None:
+                    return f"{name} has the shape {self[name]}"
         return ""
 
     def _numbered(self, pattern: str) -> Iterator[str]:
@@ -74,7 +74,8 @@ class Shapes:
 
 def classes_of(shapes: Shapes) -> int:
     """Classes of a backbone's classifier; 0 where there is none."""
-    return next((shapes[name][0] for name in ("head.fc.weight", "head.weight") if name in shapes), 0)
+    weight = shapes.get("head.fc.weight", 2) or shapes.get("head.weight", 2)
+    return weight[0] if weight else 0
 
 
 def window_of(area: int, offsets: int) -> tuple[int, int] | None:
