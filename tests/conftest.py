@@ -1,4 +1,4 @@
-"""What all tests share: the same random numbers in every order, one thread, command lines run in this process."""
+"""What all tests share: random numbers that depend on no order, one thread, command lines in this process."""
 
 from __future__ import annotations
 

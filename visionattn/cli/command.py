@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,37 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> None:
         _say(f"stopped: {error}", everywhere=isinstance(error, LostProcess))
         status = 1
     sys.exit(status)
+
+
+def report_files(results: Iterable[tuple[Path, Any]], count: int | None = None) -> int:
+    """Say line by line what became of files, with a progress bar on a terminal.
+
+    Args:
+        results: each file with the one that was written, its names and their probabilities, or the error that
+            says why it cannot be used.
+        count: of the files, where it is known.
+
+    Returns:
+        The exit status: 2 where files could not be used, else 0.
+    """
+    from tqdm import tqdm
+
+    total = broken = 0
+    with tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
+        for file, result in results:
+            total += 1
+            stream, line = sys.stdout, f"{file} -> {result}"
+            if isinstance(result, Exception):
+                broken += 1
+                stream, line = sys.stderr, f"skipped: {result}"
+            elif isinstance(result, list):
+                line = "  ".join([str(file), *(f"{name} {share:.1%}" for name, share in result)])
+            bar.write(line, file=stream)
+            stream.flush()
+            bar.update()
+    if broken:
+        print(f"{broken} of {total} images could not be used", file=sys.stderr)
+    return 2 if broken else 0
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

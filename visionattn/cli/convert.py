@@ -20,16 +20,14 @@ EXAMPLE = """examples:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, EXAMPLE)
-    parser.add_argument("source", metavar="CHECKPOINT", help="a .safetensors or PyTorch file")
-    parser.add_argument(
-        "target", metavar="TARGET", nargs="?", help="a .safetensors file, or a folder; none to tell only"
-    )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="arguments of the network")
-    parser.add_argument(
-        "--to-official", action="store_true", help="write the authors' names and shapes (.pth, .safetensors)"
-    )
-    parser.add_argument("--model", metavar="NAME", help="the registered network, instead of the one found")
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    add = parser.add_argument
+    add("source", metavar="CHECKPOINT", help="a .safetensors or PyTorch file")
+    add("target", metavar="TARGET", nargs="?", help="a .safetensors file, or a folder; none to tell only")
+    add("overrides", metavar="key=value", nargs="*", help="arguments of the network")
+    text = "write the authors' names and shapes (.pth, .safetensors)"
+    add("--to-official", action="store_true", help=text)
+    add("--model", metavar="NAME", help="the registered network, instead of the one found")
+    add("--json", action="store_true", help="print what was found as JSON")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -50,11 +48,6 @@ def _convert(arguments: argparse.Namespace) -> None:
         if arguments.target is None:
             identity: Identity = identify(arguments.source)
         else:
-            identity = convert_checkpoint(
-                arguments.source,
-                arguments.target,
-                official=arguments.to_official,
-                name=arguments.model,
-                arguments=settings,
-            )
+            options = {"official": arguments.to_official, "name": arguments.model, "arguments": settings}
+            identity = convert_checkpoint(arguments.source, arguments.target, **options)
     print(json.dumps(asdict(identity), indent=2) if arguments.json else identity)

@@ -19,29 +19,18 @@ EXAMPLE = """examples:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, EXAMPLE)
-    parser.add_argument(
-        "source", metavar="CONFIG|RUN_FOLDER|MODEL", help="a YAML file, the folder of a run, or a network"
-    )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="options in place of its own")
+    add = parser.add_argument
+    add("source", metavar="CONFIG|RUN_FOLDER|MODEL", help="a YAML file, the folder of a run, or a network")
+    add("overrides", metavar="key=value", nargs="*", help="options in place of its own")
     add_checkpoint(parser)
-    parser.add_argument("--data", metavar="DIR", help="restoration: the true images, a folder or *.lmdb")
-    parser.add_argument(
-        "--inputs", metavar="DIR", help="their inputs; default: bicubic reduction, or data.degradations"
-    )
-    parser.add_argument(
-        "--template", metavar="STEM", help="name of an input, {} being that of its truth: '{}x4'"
-    )
-    parser.add_argument(
-        "--self-ensemble", action="store_true", help="restoration: average over flips and transpositions (x8)"
-    )
-    parser.add_argument("--csv", metavar="FILE", help="write the figures of every image")
-    parser.add_argument(
-        "--require",
-        metavar="METRIC>=VALUE",
-        action="append",
-        default=[],
-        help="end with status 1 unless the metric reaches the value; may be given several times",
-    )
+    add("--data", metavar="DIR", help="restoration: the true images, a folder or *.lmdb")
+    add("--inputs", metavar="DIR", help="their inputs; default: bicubic reduction, or data.degradations")
+    add("--template", metavar="STEM", help="name of an input, {} being that of its truth: '{}x4'")
+    text = "restoration: average over flips and transpositions (x8)"
+    add("--self-ensemble", action="store_true", help=text)
+    add("--csv", metavar="FILE", help="write the figures of every image")
+    text = "end with status 1 unless the metric reaches the value; may be given several times"
+    add("--require", metavar="METRIC>=VALUE", action="append", default=[], help=text)
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.inputs and not parsed.data:
         parser.error("--inputs needs the true images: --data DIR")

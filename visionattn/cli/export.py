@@ -18,16 +18,17 @@ EXAMPLE = """examples:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, EXAMPLE)
-    parser.add_argument("source", metavar="CHECKPOINT", nargs="?", help="a file tools/convert.py recognises")
-    parser.add_argument("target", metavar="FILE", nargs="?", help="an .onnx or .pt2 file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="arguments of the network")
+    add = parser.add_argument
+    add("source", metavar="CHECKPOINT", nargs="?", help="a file tools/convert.py recognises")
+    add("target", metavar="FILE", nargs="?", help="an .onnx or .pt2 file")
+    add("overrides", metavar="key=value", nargs="*", help="arguments of the network")
     formats = ("program", "onnx", "aoti")
-    parser.add_argument("--format", choices=formats, help="default: onnx for .onnx, program for .pt2")
-    parser.add_argument("--size", metavar=("H", "W"), type=int, nargs=2, help="default: the network's")
-    parser.add_argument("--batch", metavar="N", type=int, default=1, help="images (default: %(default)s)")
-    parser.add_argument("--dynamic", action="store_true", help="let batch, height and width vary")
-    parser.add_argument("--table", metavar="FILE.md", help="try every family in every way, for an hour")
-    parser.add_argument("--networks", metavar="NAME", nargs="+", default=[], help="rows to make anew")
+    add("--format", choices=formats, help="default: onnx for .onnx, program for .pt2")
+    add("--size", metavar=("H", "W"), type=int, nargs=2, help="default: the network's")
+    add("--batch", metavar="N", type=int, default=1, help="images (default: %(default)s)")
+    add("--dynamic", action="store_true", help="let batch, height and width vary")
+    add("--table", metavar="FILE.md", help="try every family in every way, for an hour")
+    add("--networks", metavar="NAME", nargs="+", default=[], help="rows to make anew")
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.table is None and parsed.target is None:
         parser.error("name a CHECKPOINT and a FILE, or --table")

@@ -39,11 +39,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         command.add_argument("--output", metavar="FOLDER", type=Path, help="default: runs/NAME of the config")
         if name == "train":
             command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-        command.add_argument(
-            "--torchvision-operators",
-            action="store_true",
-            help="for mmdetection without mmcv's compiled operators",
-        )
+        text = "for mmdetection without mmcv's compiled operators"
+        command.add_argument("--torchvision-operators", action="store_true", help=text)
     return parser.parse_args(arguments)
 
 

@@ -17,19 +17,15 @@ EXAMPLE = """examples:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
-    texts = {
-        "pieces": "overlapping squares of large images",
-        "lmdb": "one database of the images of a folder",
-    }
-    for name, text in texts.items():
+    pieces, lmdb = "overlapping squares of large images", "one database of the images of a folder"
+    for name, text in (("pieces", pieces), ("lmdb", lmdb)):
         command = add_command(commands, name, text, EXAMPLE)
         command.add_argument("folder", metavar="FOLDER", help="image files")
         command.add_argument("output", metavar="OUTPUT", help="the folder to be made")
         if name == "pieces":
             for option, value in (("--size", 480), ("--step", 240)):
-                command.add_argument(
-                    option, metavar="PIXELS", type=int, default=value, help="default: %(default)s"
-                )
+                text = "default: %(default)s"
+                command.add_argument(option, metavar="PIXELS", type=int, default=value, help=text)
     return parser.parse_args(arguments)
 
 
@@ -41,9 +37,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from visionattn.data.prepare import cut_pieces, make_lmdb
     from visionattn.errors import as_input_error
 
-    with as_input_error(
-        f"cannot make {arguments.output}", ValueError, FileNotFoundError, ModuleNotFoundError
-    ):
+    kinds = (ValueError, FileNotFoundError, ModuleNotFoundError)
+    with as_input_error(f"cannot make {arguments.output}", *kinds):
         if arguments.command == "lmdb":
             count = make_lmdb(arguments.folder, arguments.output)
         else:

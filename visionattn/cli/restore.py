@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visionattn.cli.command import add_checkpoint, new_parser, run_command
+from visionattn.cli.command import add_checkpoint, new_parser, report_files, run_command
 
 EXAMPLE = """examples:
   python tools/restore.py PHOTO.jpg --model hat_x4 --checkpoint HAT_SRx4.pth --memory-budget 2GB
@@ -39,8 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _restore(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from visionattn.inference.tiles import describe_tiles
     from visionattn.predict.files import find_pictures, open_restorer
     from visionattn.predict.restore import RestoreOptions, restore_files
@@ -49,17 +47,7 @@ def _restore(arguments: argparse.Namespace) -> int:
     model: Any = open_restorer(arguments.model, arguments.checkpoint)
     names = ("memory_budget", "tile", "tile_overlap", "self_ensemble", "half", "format", "side_by_side")
     options = RestoreOptions(**{name: getattr(arguments, name) for name in names})
-    results = restore_files(model, files, arguments.output, options)
-    broken = 0
-    with tqdm(total=len(files), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for file, result in results:
-            failed = isinstance(result, Exception)
-            broken += failed
-            line = f"skipped: {result}" if failed else f"{file} -> {result}"
-            bar.write(line, file=sys.stderr if failed else sys.stdout)
-            bar.update()
+    status = report_files(restore_files(model, files, arguments.output, options), len(files))
     if options.tile is not None:
         print(f"note: {describe_tiles(model.info, options.tile_overlap)}", file=sys.stderr)
-    if broken:
-        print(f"{broken} of {len(files)} images could not be used", file=sys.stderr)
-    return 2 if broken else 0
+    return status

@@ -17,16 +17,11 @@ EXAMPLE = """examples:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, EXAMPLE)
-    parser.add_argument(
-        "filter", metavar="FILTER", nargs="?", default="", help="a pattern, or part of the names"
-    )
-    parser.add_argument(
-        "--sort",
-        metavar="COLUMN",
-        default="name",
-        help="name, task, params, gmacs, input, license or result (default: %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add = parser.add_argument
+    add("filter", metavar="FILTER", nargs="?", default="", help="a pattern, or part of the names")
+    text = "name, task, params, gmacs, input, license or result (default: %(default)s)"
+    add("--sort", metavar="COLUMN", default="name", help=text)
+    add("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)
 
 

@@ -35,7 +35,6 @@ from visionattn.data.images import (
 )
 
 CUBE_EXTENSIONS = frozenset({".npy", ".mat"})
-_SHOWN_PROBLEMS = 3
 _LARGEST_VALUE = 4  # noise may leave [0, 1], but a cube that reaches further holds counts
 _OPEN: dict[str, Any] = {}
 _LOCK = threading.Lock()
@@ -160,10 +159,10 @@ def pair_files(
     return {stem: truths[name] for stem, name in owner.items()}, {stem: available[stem] for stem in owner}
 
 
-def shorten(items: Sequence[str]) -> str:
+def shorten(items: Sequence[str], shown: int = 3) -> str:
     """The first few of many, and how many more there are."""
-    more = len(items) - _SHOWN_PROBLEMS
-    return "; ".join([*items[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])])
+    more = len(items) - shown
+    return "; ".join([*items[:shown], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _read_cube(file: Path, channels: int, role: Role) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from visionattn.engine.config import ModelConfig
 from visionattn.engine.network import check_network_name, check_weights, create_network
 from visionattn.errors import InputError, as_input_error
 from visionattn.models.frames.restorer import RestorationInfo
-from visionattn.predict.restore import restore_files
+from visionattn.predict.restore import name_results, restore_files
 from visionattn.tasks import create_task, load_trained_config
 from visionattn.tasks.classification.task import classify
 
@@ -51,15 +50,14 @@ def predict_files(
     if _restores(model):
         yield from restore_files(model, files, Path(output))
         return
-    stems = Counter(file.stem for file in files)
-    for file in files:
+    for file, name in name_results(files, "_found"):
         try:
             shown = show(open_image(file))
         except ValueError as error:
             yield file, error if isinstance(error, ImageError) else ImageError(f"{file}: {error}")
             continue
         if isinstance(shown, Image.Image):
-            written = Path(output) / f"{file.stem if stems[file.stem] == 1 else file.name}_found.png"
+            written = Path(output) / f"{name}.png"
             write_png(shown, written)
             yield file, written
         else:

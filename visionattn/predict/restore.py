@@ -71,10 +71,8 @@ def restore_files(
     """
     options = options or RestoreOptions()
     run, info = make_restorer(model, options), _image_network(model)
-    stems = Counter(file.stem for file in files)
     suffix = f"_x{info.upscale}" if info.upscale > 1 else "_restored"
-    for file in files:
-        name = (file.stem if stems[file.stem] == 1 else file.name) + suffix
+    for file, name in name_results(files, suffix):
         written = output / f"{name}{_ENDINGS[options.format]}"
         try:
             picture = read_picture(file)
@@ -88,6 +86,13 @@ def restore_files(
             yield file, ImageError(f"{file}: {one_line(error)}")
         else:
             yield file, written
+
+
+def name_results(files: Sequence[Path], suffix: str) -> Iterator[tuple[Path, str]]:
+    """Files and names of their results without ending: the stem, or the whole name where others share it."""
+    stems = Counter(file.stem for file in files)
+    for file in files:
+        yield file, (file.stem if stems[file.stem] == 1 else file.name) + suffix
 
 
 def make_restorer(model: nn.Module, options: RestoreOptions) -> Callable[[Tensor], Tensor]:

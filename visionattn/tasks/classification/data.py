@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +14,8 @@ from torch.utils.data import Dataset
 
 from visionattn.data.digits import Digits
 from visionattn.engine.config import Section
-from visionattn.engine.distributed import gather_objects, process_count, process_index
 from visionattn.errors import InputError, as_input_error, nearest, one_line
+from visionattn.tasks.broken import find_broken, refuse_or_skip
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -130,29 +127,12 @@ def remove_broken_images(dataset: Dataset, data: ClassificationData) -> None:
     reader = getattr(dataset, "reader", None)
     if not isinstance(reader, ReaderImageFolder) or not data.check_images:
         return
-    samples = reader.samples
-    paths = [sample[0] for sample in samples[:: -(-len(samples) // data.check_images)]]
-    broken = dict(pair for found in gather_objects(_find_broken(paths)) for pair in found)
-    if not broken:
-        return
-    shown = [f"{path} ({reason})" for path, reason in sorted(broken.items())[:5]]
-    more = f" and {len(broken) - len(shown)} more" if len(broken) > len(shown) else ""
-    count = f"{len(broken)} of {len(paths)} images cannot be read: {', '.join(shown)}{more}"
-    if data.broken_images == "error" or len(broken) == len(paths):
-        raise InputError(f"{count}; repair or remove them, or pass over them with data.broken_images=skip")
-    if process_index() == 0:
-        print(f"skipped: {count}", file=sys.stderr)
-    reader.samples = [sample for sample in samples if sample[0] not in broken]
-
-
-def _find_broken(paths: Sequence[str]) -> list[tuple[str, str]]:
-    with ThreadPoolExecutor() as threads:  # decoding releases the interpreter lock
-        mine = paths[process_index() :: process_count()]
-        return [
-            (path, reason)
-            for path, reason in zip(mine, threads.map(_why_broken, mine), strict=True)
-            if reason
-        ]
+    checked = reader.samples[:: -(-len(reader.samples) // data.check_images)]
+    broken = find_broken(len(checked), lambda index: _why_broken(checked[index][0]))
+    total, choice = len(checked), data.broken_images
+    refuse_or_skip(broken.values(), total, "images cannot be read", "data.broken_images", choice)
+    gone = {checked[index][0] for index in broken}
+    reader.samples = [sample for sample in reader.samples if sample[0] not in gone]
 
 
 def _why_broken(path: str) -> str | None:
@@ -160,7 +140,7 @@ def _why_broken(path: str) -> str | None:
         with Image.open(path) as image:
             image.load()
     except _BROKEN as error:
-        return one_line(error)
+        return f"{path} ({one_line(error)})"
     return None
 
 

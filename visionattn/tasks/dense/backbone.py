@@ -18,7 +18,6 @@ from visionattn.engine.network import create_network, evaluating
 from visionattn.errors import InputError, as_input_error
 from visionattn.tasks.dense.data import DenseData
 
-
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 

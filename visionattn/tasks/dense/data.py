@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,11 +12,9 @@ from torch.utils.data import Dataset
 
 from visionattn.data.scenes import SceneOptions, scenes_folder
 from visionattn.engine.config import Section
-from visionattn.engine.distributed import gather_objects, process_count, process_index
 from visionattn.errors import InputError, as_input_error
+from visionattn.tasks.broken import find_broken, refuse_or_skip
 from visionattn.tasks.dense.transforms import plain
-
-_SHOWN_PROBLEMS = 5
 
 
 class DenseData(Section):
@@ -122,23 +118,6 @@ def remove_broken_images(dataset: DenseImages, data: DenseData) -> None:
     """
     total = len(dataset)
     every = math.ceil(total / data.check_images) if data.check_images else total + 1
-    mine = range(process_index(), total, process_count())
-    with ThreadPoolExecutor() as threads:  # decoding releases the interpreter lock
-        reasons = threads.map(lambda index: dataset.why_broken(index, read=index % every == 0), mine)
-        found = [(index, reason) for index, reason in zip(mine, reasons, strict=True) if reason]
-    broken = dict(sorted(pair for part in gather_objects(found) for pair in part))
-    refuse_or_skip(broken, total, "images", data)
+    broken = find_broken(total, lambda index: dataset.why_broken(index, read=index % every == 0))
+    refuse_or_skip(broken.values(), total, "images cannot be used", "data.broken", data.broken)
     dataset.remove_images(list(broken))
-
-
-def refuse_or_skip(broken: Mapping[int, str], total: int, what: str, data: DenseData) -> None:
-    """Say what is broken, as an error unless `data.broken` is to skip it and something is left."""
-    if not broken:
-        return
-    more = len(broken) - _SHOWN_PROBLEMS
-    shown = [*list(broken.values())[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
-    sentence = f"{len(broken)} of {total} {what} cannot be used: {'; '.join(shown)}"
-    if data.broken == "error" or len(broken) == total:
-        raise InputError(f"{sentence}; repair them, or pass over them with data.broken=skip")
-    if process_index() == 0:
-        print(f"skipped: {sentence}", file=sys.stderr)

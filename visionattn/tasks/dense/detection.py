@@ -16,7 +16,8 @@ from visionattn.data.coco import CocoImages
 from visionattn.engine.config import Section
 from visionattn.engine.distributed import gather_objects, process_index
 from visionattn.errors import as_input_error
-from visionattn.tasks.dense.data import DenseData, find_split, refuse_or_skip
+from visionattn.tasks.broken import refuse_or_skip
+from visionattn.tasks.dense.data import DenseData, find_split
 from visionattn.tasks.dense.detectors import DetectorOptions, create_detector
 from visionattn.tasks.dense.drawing import draw_objects
 from visionattn.tasks.dense.task import DenseConfig, DenseTask, load_weights
@@ -164,8 +165,10 @@ class DetectionTask(DenseTask):
 
     def _checked(self, training: bool) -> CocoImages:
         images = self._open(training)
-        broken = dict(images.broken_objects())
-        refuse_or_skip(broken, len(images.content["annotations"]), "annotations", self.config.data)
+        broken, total = dict(images.broken_objects()), len(images.content["annotations"])
+        refuse_or_skip(
+            broken.values(), total, "annotations cannot be used", "data.broken", self.config.data.broken
+        )
         images.remove_objects(list(broken))
         return super()._checked(training)
 
