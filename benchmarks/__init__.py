@@ -1,1 +1,1 @@
-"""What the networks of the zoo are, and how fast they run."""
+"""Comparisons of kernels and networks with everything that a user would run instead, beside their results."""

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import timm
-import timm.models
 from torch import nn
 
-from benchmarks.formulations import Formulation
-from visionattn import accelerate, restore
+from benchmarks.formulations.formulation import Formulation
+from visionattn.integrations.timm_attention import accelerate, decelerate
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class TimmAsShipped(Formulation):
     @contextmanager
     def in_place_of_kernels(self, net: nn.Module) -> Iterator[None]:
         """Inside the block, `net` computes as timm ships it."""
-        restore(net)
+        decelerate(net)
         try:
             yield
         finally:
@@ -33,7 +32,7 @@ class TimmAsShipped(Formulation):
 
 
 def timm_formulation(name: str) -> TimmAsShipped:
-    """How timm writes the attention of one of its networks, at the size of its weights."""
+    """Give a network of timm as timm ships it, at the size of its weights."""
     config = timm.get_pretrained_cfg(name)
     size = config.input_size[1:] if config else (224, 224)
-    return TimmAsShipped(timm.models, {}, ((size[0], size[1]),), "as timm ships it")
+    return TimmAsShipped({}, ((size[0], size[1]),), "as timm ships it")

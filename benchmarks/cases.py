@@ -25,7 +25,7 @@ class Case:
     """One kernel on one shape.
 
     Attributes:
-        name: what the command line calls it.
+        name: its name on the command line.
         kind: which kernel: `"window"`, `"neighborhood"`, `"overlap"` or `"routed"`.
         side: height and width of the map.
         heads: attention heads.
@@ -43,7 +43,7 @@ class Case:
     has_bias: bool = False
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         """The shape in words."""
         options = ", ".join(f"{name} {value}" for name, value in self.options.items())
         bias = ", relative bias" if self.has_bias else ""

@@ -1,10 +1,11 @@
-"""The commands of `tools/benchmark.py`; their arguments are its options."""
+"""The commands, each with the options that `command_line` reads."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,98 +16,63 @@ from visionattn.engine.yaml_io import parse_pairs
 from visionattn.errors import InputError, as_input_error
 
 
-def compare_models(
-    names: Sequence[str],
-    size: Sequence[int] | None,
-    train: bool,
-    batch: int,
-    threads: int,
-    repeats: int,
-    device: str | None,
-    output: Path | None,
-) -> None:
+def compare_models(options: Namespace) -> None:
     """Networks against the authors' formulation; prints and saves a table."""
-    where = _prepare(threads, device)
+    device = _prepare(options)
     rows = models.compare_models(
-        names,
-        size=(size[0], size[1]) if size else None,
-        batch=batch,
-        repeats=repeats,
-        train=train,
-        device=where,
+        options.names,
+        size=tuple(options.size) if options.size else None,
+        batch=options.batch,
+        repeats=options.repeats,
+        train=options.train,
+        device=device,
     )
-    name = f"models_{where.type}{'_train' if train else ''}"
-    _run(rows, models.page, where, output or Path("benchmarks") / f"{name}.json")
+    _run(rows, models.page, device, options, f"models_{device.type}{'_train' if options.train else ''}")
 
 
-def compare_kernels(
-    names: Sequence[str],
-    dtype: str,
-    batch: int,
-    threads: int,
-    repeats: int,
-    device: str | None,
-    output: Path | None,
-) -> None:
+def compare_kernels(options: Namespace) -> None:
     """Kernels against their peers; prints and saves a table."""
-    kernels.check_names(names)
-    where = _prepare(threads, device)
+    kernels.check_names(options.names)
+    device, dtype = _prepare(options), getattr(torch, options.dtype)
     rows = kernels.compare_kernels(
-        names, batch=batch, repeats=repeats, device=where, dtype=getattr(torch, dtype)
+        options.names, batch=options.batch, repeats=options.repeats, device=device, dtype=dtype
     )
-    name = f"kernels_{where.type}{'' if dtype == 'float32' else f'_{dtype}'}"
-    _run(rows, kernels.page, where, output or Path("benchmarks") / f"{name}.json")
+    ending = "" if dtype == torch.float32 else f"_{options.dtype}"
+    _run(rows, kernels.page, device, options, f"kernels_{device.type}{ending}")
 
 
-def measure_memory(
-    names: Sequence[str],
-    size: Sequence[int],
-    budgets: Sequence[str],
-    limit: str,
-    threads: int,
-    repeats: int,
-    device: str | None,
-    output: Path | None,
-) -> None:
+def measure_memory(options: Namespace) -> None:
     """Restoration networks on one large picture; prints and saves a table.
 
     Among the names, `key=value` stands for arguments of the networks.
     """
-    overrides = [text for text in names if "=" in text]
-    where = _prepare(threads, device)
+    device = _prepare(options)
     rows = memory.measure_memory(
-        [text for text in names if "=" not in text],
-        size=(size[0], size[1]),
-        budgets=budgets,
-        limit=limit,
-        repeats=repeats,
-        threads=threads,
-        device=where,
-        **parse_pairs(overrides),
+        [text for text in options.names if "=" not in text],
+        size=tuple(options.size),
+        budgets=options.budgets,
+        limit=options.limit,
+        repeats=options.repeats,
+        threads=options.threads,
+        device=device,
+        **parse_pairs([text for text in options.names if "=" in text]),
     )
-    _run(rows, memory.page, where, output or Path("benchmarks") / f"memory_{where.type}.json")
+    _run(rows, memory.page, device, options, f"memory_{device.type}")
 
 
-def measure_scaling(
-    names: Sequence[str],
-    sides: Sequence[int],
-    threads: int,
-    repeats: int,
-    device: str | None,
-    output: Path | None,
-) -> None:
+def measure_scaling(options: Namespace) -> None:
     """Networks at several sizes; prints and saves a table."""
-    where = _prepare(threads, device)
-    rows = scaling.measure_growth(names, sides, repeats=repeats, device=where)
-    _run(rows, scaling.page, where, output or Path("benchmarks") / f"scaling_{where.type}.json")
+    device = _prepare(options)
+    rows = scaling.measure_growth(options.names, options.sides, repeats=options.repeats, device=device)
+    _run(rows, scaling.page, device, options, f"scaling_{device.type}")
 
 
-def simulate(**options: Any) -> None:
+def simulate(options: Namespace) -> None:
     """The cost of tilings; prints a table."""
     given = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in options.items()
-        if value is not None
+        for name, value in vars(options).items()
+        if value is not None and name != "command"
     }
     if given and ("window" in given) == ("kernel" in given):
         raise InputError("options describe one pattern: give --kernel or --window, and the rest as needed")
@@ -118,15 +84,19 @@ def simulate(**options: Any) -> None:
     print(report.table(simulation.COLUMNS, simulation.lines(tilings)))
 
 
-def _prepare(threads: int, device: str | None) -> torch.device:
-    torch.set_num_threads(threads)
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def _prepare(options: Namespace) -> torch.device:
+    torch.set_num_threads(options.threads)
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with as_input_error(f"cannot use device {name!r}", RuntimeError, AssertionError):
         return torch.zeros(0, device=name).device
 
 
 def _run(
-    rows: Iterable[Any], page: Callable[[list[Any]], report.Page], device: torch.device, output: Path
+    rows: Iterable[Any],
+    page: Callable[[list[Any]], report.Page],
+    device: torch.device,
+    options: Namespace,
+    name: str,
 ) -> None:
     found = []
     for row in rows:
@@ -135,10 +105,11 @@ def _run(
     print(report.table(page(found).columns, [row.cells() for row in found]))
     print(f"\n{report.notes(page(found))}")
     command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    output = options.output or Path("benchmarks") / f"{name}.json"
     report.save(page(found), found, report.conditions(device), output, command)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "models": compare_models,
     "kernels": compare_kernels,
     "memory": measure_memory,

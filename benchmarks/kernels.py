@@ -172,7 +172,7 @@ def _prepare(function: Callable[..., Tensor], inputs: list[Tensor], training: bo
 
 
 def _expected(case: Case, inputs: list[Tensor], training: bool) -> list[Tensor] | None:
-    """What the reference computes in float32; where it is too large, the PyTorch path."""
+    """The results of the reference in float32; where it is too large, of the PyTorch path."""
     exact = [x.detach().float().requires_grad_(x.requires_grad) for x in inputs]
     backend = "reference" if case.pairs(inputs) <= _MOST_PAIRS else "torch"
 
@@ -190,9 +190,9 @@ def _error(results: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def page(rows: Sequence[Measurement]) -> Page:
-    """What stands around these lines."""
+    """Name the columns of these lines, and explain them."""
     cases = [CASES[name] for name in dict.fromkeys(row.kernel for row in rows)]
-    notes = [f"{case.name}: {case.what}" for case in cases]
+    notes = [f"{case.name}: {case.description}" for case in cases]
     notes += [
         f"{row.kernel}, {row.implementation}, {row.mode} did not run: {row.reason}"
         for row in rows

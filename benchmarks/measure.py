@@ -26,7 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 @dataclass(frozen=True)
 class Timing:
-    """What repeated measurements of one function gave.
+    """The time of a function that was measured repeatedly.
 
     Attributes:
         median: seconds.
@@ -38,7 +38,7 @@ class Timing:
 
 
 def clock_name(device: torch.device) -> str:
-    """What `time_in_turn` measures on a device."""
+    """Say which clock `time_in_turn` reads for a device."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return "CPU time of the process"
     return "GPU time between events" if device.type == "cuda" else "wall time"
@@ -57,7 +57,7 @@ def time_in_turn(
     left other data in the caches and other memory to the allocator.
 
     Args:
-        calls: what is measured, by name.
+        calls: the measured functions by name.
         settings: for each name, a context in which the call runs; entering it is not measured.
         device: where the functions run.
         repeats: rounds that count; one more goes before them.
@@ -90,7 +90,7 @@ def summary(seconds: Sequence[float]) -> Timing:
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """How long one call takes, by the clock that `clock_name` names."""
+    """Measure one call by the clock that `clock_name` names."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -1,4 +1,4 @@
-"""What large pictures take: with the authors' formulation, with ours, and with ours within a budget."""
+"""The memory that large pictures take: by the authors' formulation, by ours, and by ours within a budget."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _time_cell(time: Timing) -> str:
 
 
 def page(rows: Sequence[LargePicture]) -> Page:
-    """What stands around these lines."""
+    """Name the columns of these lines, and explain them."""
     shortened = any("depth" in row.arguments for row in rows)
     return Page(
         "Memory for large pictures",
@@ -92,7 +92,7 @@ def page(rows: Sequence[LargePicture]) -> Page:
         "ran, relative to the largest output.",
         [
             *(
-                f"{name}, authors: {formulation_of(name).what}"
+                f"{name}, authors: {formulation_of(name).description}"
                 for name in sorted({row.network for row in rows if row.computation == _AUTHORS})
             ),
             *(["fewer blocks take less time, but no less memory: they run one after another"] * shortened),
@@ -102,7 +102,7 @@ def page(rows: Sequence[LargePicture]) -> Page:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a process measures; `computation` as in `LargePicture`."""
+    """One line that a process of its own measures; `computation` as in `LargePicture`."""
 
     network: str
     shape: tuple[int, ...]
@@ -221,8 +221,16 @@ def _measure_lines(settings: Sequence[Setting], most: int) -> Iterator[LargePict
         if out is not None and first is not None:
             difference = ((out - first).abs().max() / first.abs().max()).item()
         yield LargePicture(
-            *(setting.network, setting.arguments(), setting.shape, setting.computation),
-            *(memory, counted, share, timing, slowdown, difference),
+            network=setting.network,
+            arguments=setting.arguments(),
+            input=setting.shape,
+            computation=setting.computation,
+            memory=memory,
+            counted=counted,
+            share=share,
+            time=timing,
+            slowdown=slowdown,
+            difference=difference,
         )
 
 

@@ -61,7 +61,7 @@ class Comparison:
 
 
 def page(rows: Sequence[Comparison]) -> Page:
-    """What stands around these lines."""
+    """Name the columns of these lines, and explain them."""
     return Page(
         "Our kernels against the authors' formulation",
         (
@@ -80,7 +80,10 @@ def page(rows: Sequence[Comparison]) -> Page:
         "Ratio: time of the authors' formulation divided by ours. Memory: the most that PyTorch allocates "
         "at one time during the pass, weights and input not counted. Difference: largest difference of the "
         "outputs, relative to the largest output.",
-        [f"{name}: {what}" for name, what in sorted({(row.network, row.formulation) for row in rows})],
+        [
+            f"{name}: {formulation}"
+            for name, formulation in sorted({(row.network, row.formulation) for row in rows})
+        ],
     )
 
 
@@ -153,7 +156,7 @@ def compare(net: nn.Module, name: str, formulation: Formulation, image: Tensor, 
         our_memory=memory["ours"],
         authors_memory=memory["authors"],
         difference=difference.item(),
-        formulation=formulation.what,
+        formulation=formulation.description,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a user would run instead of our kernels: PyTorch's attention, the published formulations, NATTEN."""
+"""The peers of our kernels: PyTorch's attention, the published formulations, NATTEN."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Peer = Callable[..., Tensor]
 def peers_of(case: Case, inputs: list[Tensor]) -> dict[str, Peer]:
     """The peers of a shape by name; each takes q, k, v and the bias `[B, H, W, heads, d]` as our kernel does.
 
-    What they prepare once and keep, masks and indices, is prepared here.
+    Masks and indices, which they prepare once and keep, are prepared here.
     """
     if case.kind == "routed":
         return {"gather, matmul-softmax-matmul": partial(_gathered, case)}
@@ -156,7 +156,7 @@ def _natten(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = N
 
 
 def _visibility(pattern: Pattern, device: torch.device) -> list[tuple[Tensor, ...]]:
-    """What `Axis.visibility` says of all queries and keys, for both axes."""
+    """The visibility of all keys to all queries, as `Axis.visibility` gives it, for both axes."""
     found = []
     for axis in (pattern.y, pattern.x):
         before, behind = axis.key_padding

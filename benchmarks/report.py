@@ -28,12 +28,12 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class Page:
-    """What stands around the lines of one kind of benchmark.
+    """The title, columns and explanations around the lines of one kind of benchmark.
 
     Attributes:
         title: the heading of the page.
         columns: the heading of each column.
-        explanation: what the columns mean.
+        explanation: the meaning of the columns.
         notes: lines about these results.
     """
 
@@ -74,9 +74,9 @@ def save(page: Page, rows: Sequence[Row], facts: dict[str, str], path: Path, com
     """Write the results to `path` as JSON and beside it, with the ending `.md`, to read.
 
     Args:
-        page: what stands around the lines.
+        page: title, columns and explanations.
         rows: the results, dataclasses.
-        facts: what `conditions` said.
+        facts: the machine and versions, as `conditions` gives them.
         path: the JSON file; an existing one is replaced.
         command: the command line that gave these numbers.
     """

@@ -98,7 +98,7 @@ def _growth(net: Any, name: str, sides: tuple[int, ...], repeats: int, device: t
 
 
 def page(rows: Sequence[Growth]) -> Page:
-    """What stands around these lines; all networks are measured at the same sides."""
+    """Name the columns of these lines, and explain them; all networks are measured at the same sides."""
     sides = rows[0].sides
     return Page(
         "Time and memory against the number of pixels",

@@ -1,90 +1,11 @@
 """Compare the time and memory of our kernels with what a user would run instead."""
 
-from __future__ import annotations
-
-import argparse
-import os
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 
-EXAMPLE = """examples:
-  python tools/benchmark.py models biformer_tiny hat_s_x4
-  python tools/benchmark.py models biformer_tiny --size 512 512 --batch 8 --train --repeats 20
-  python tools/benchmark.py kernels na7 window16
-  python tools/benchmark.py scaling inline_pvt_tiny l2vit_t --sides 224 448 896
-  python tools/benchmark.py memory hat_x4 --size 512 512 --budgets 1GB 2GB
-  python tools/benchmark.py simulate
-  python tools/benchmark.py simulate --size 128 128 --kernel 13 --query-tile 4 8 --key-tile 8 8
-"""
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks stand beside the package, not in it
 
+from benchmarks.command_line import main
 
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 1, but is {text}")
-    return int(text)
-
-
-def json_file(text: str) -> Path:
-    if not text.endswith(".json"):
-        raise argparse.ArgumentTypeError(f"must end in .json, but is {text}")
-    return Path(text)
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    shape = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **shape)
-    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="command")
-
-    text = "networks with our kernels against the attention of their authors' code"
-    models = commands.add_parser("models", help=text, description=text, **shape)
-    models.add_argument("names", metavar="NAME", nargs="+", help="a registered network")
-    models.add_argument("--size", metavar=("H", "W"), type=count, nargs=2, help="default: that of the family")
-    models.add_argument("--train", action="store_true", help="forward and backward instead of inference")
-
-    text = "our kernels against PyTorch's, the published formulations and NATTEN, on named shapes"
-    kernels = commands.add_parser("kernels", help=text, description=text, **shape)
-    kernels.add_argument("names", metavar="NAME", nargs="*", help="a shape; default: all that fit the device")
-    kernels.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-
-    text = "time and memory of networks against the number of pixels"
-    scaling = commands.add_parser("scaling", help=text, description=text, **shape)
-    scaling.add_argument("names", metavar="NAME", nargs="+", help="a registered network")
-    sides = {"metavar": "N", "type": count, "nargs": "+", "default": (224, 448, 896)}
-    scaling.add_argument("--sides", **sides, help="heights and widths, ascending (default: 224 448 896)")
-
-    text = "large pictures: the authors' formulation, our networks, our networks within memory budgets"
-    memory = commands.add_parser("memory", help=text, description=text, **shape)
-    memory.add_argument("names", metavar="NAME", nargs="+", help="restoration networks, key=value for them")
-    memory.add_argument("--size", metavar=("H", "W"), type=count, nargs=2, required=True)
-    memory.add_argument("--budgets", metavar="SIZE", nargs="*", default=[], help="such as 2GB")
-    text = "what takes more is counted, not run (default: %(default)s)"
-    memory.add_argument("--limit", metavar="SIZE", default="12GB", help=text)
-
-    for command in (models, kernels, scaling, memory):
-        numbers = {"threads": ("CPU threads", 1), "repeats": ("rounds", 1 if command is memory else 10)}
-        numbers |= {"batch": ("images", 1)} if command in (models, kernels) else {}
-        for name, (what, default) in numbers.items():
-            text = f"{what} (default: {default})"
-            command.add_argument(f"--{name}", metavar="N", type=count, default=default, help=text)
-        command.add_argument("--device", help="default: a GPU where there is one")
-        command.add_argument("--output", metavar="FILE.json", type=json_file, help="default: in benchmarks/")
-
-    text = "tiles that a fused kernel of a local pattern visits; without options the known tilings"
-    simulate = commands.add_parser("simulate", help=text, description=text, **shape)
-    for name in ("size", "query-tile", "key-tile"):
-        simulate.add_argument(f"--{name}", metavar=("H", "W"), type=count, nargs=2)
-    for name in ("kernel", "stride", "dilation", "window"):
-        simulate.add_argument(f"--{name}", metavar="N", type=count)
-    simulate.add_argument("--shift", metavar="N", type=int, help="where windows begin")
-    simulate.add_argument("--causal", dest="is_causal", action="store_const", const=True)
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    parsed = vars(parse_arguments())  # first, so that --help does not wait for imports
-    # Linux hands out small pages one by one, which takes as long as a small network; these are large.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from benchmarks import commands
-    from visionattn.cli.command import run_command
-
-    run_command(lambda: commands.COMMANDS[parsed.pop("command")](**parsed))
+if __name__ == "__main__":  # processes that measure memory import this file anew
+    main()

@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from visionattn import kernels, models
     from visionattn.checkpoints import identify, load_checkpoint, save_checkpoint
     from visionattn.inference import run_within
-    from visionattn.integrations.timm_attention import accelerate, restore
+    from visionattn.integrations.timm_attention import accelerate, decelerate
 
 __version__ = "0.1.0"
 __all__ = [
     "accelerate",
+    "decelerate",
     "identify",
     "kernels",
     "load_checkpoint",
     "models",
-    "restore",
     "run_within",
     "save_checkpoint",
 ]
 _PLACES = {
     "accelerate": "visionattn.integrations.timm_attention",
+    "decelerate": "visionattn.integrations.timm_attention",
     "identify": "visionattn.checkpoints",
     "load_checkpoint": "visionattn.checkpoints",
-    "restore": "visionattn.integrations.timm_attention",
     "run_within": "visionattn.inference",
     "save_checkpoint": "visionattn.checkpoints",
 }

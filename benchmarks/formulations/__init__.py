@@ -1,9 +1,9 @@
 """The authors' formulations of attention, to be run in our networks in place of our kernels.
 
-Each file holds one family. Its functions have the signatures of the kernels or methods that they replace and
-compute the same numbers in the way of the published code: what is gathered, rolled, unfolded, masked and
-copied there is so here. Everything around them, the weights included, stays ours: the difference in time and
-memory is that of the formulation.
+Each file holds one family: subclasses of our modules that compute the same numbers in the way of the
+published code. What is gathered, rolled, unfolded, masked and copied there is so here. The modules of a
+network take these classes for a while, as timm's take ours in `visionattn.accelerate`. Everything around
+them, the weights included, stays ours: the difference in time and memory is that of the formulation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from benchmarks.formulations import (
     hsdt,
     inline_attention,
     l2vit,
+    nat,
     pmnet,
     rgt,
 )
@@ -33,6 +34,7 @@ FORMULATIONS: dict[str, Formulation] = {
     "hsdt": hsdt.FORMULATION,
     "inline_attention": inline_attention.FORMULATION,
     "l2vit": l2vit.FORMULATION,
-    "rgt": rgt.FORMULATION,
+    "nat": nat.FORMULATION,
     "pmnet": pmnet.FORMULATION,
+    "rgt": rgt.FORMULATION,
 }

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import visionattn
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.linear_hosts import (
-    FUNCTIONS,
+    CLASSES,
     Size,
     add_to_map,
     one_window,
@@ -18,26 +17,36 @@ from benchmarks.formulations.linear_hosts import (
 )
 from visionattn.layers import AgentAttention2d
 from visionattn.layers.maps import as_tokens
-from visionattn.models.hosts.hosts import PVT, CSwin
+from visionattn.models.hosts.cswin import CSwin
+from visionattn.models.hosts.pvt import PVT
 
 
-def agent_attention(self: AgentAttention2d, x: Tensor, size: Size | None = None) -> Tensor:
-    """The forward pass of the published layer: Swin and DeiT."""
-    tokens, size, prefix = as_tokens(x, size)
-    return _attend(self, *project(self.qkv, tokens), size, prefix).view_as(x)
+class TheirAgentAttention(AgentAttention2d):
+    """The published layer in Swin and DeiT."""
+
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
+        """A map `[B, H, W, C]`, or tokens `[B, N, C]` of a map of `size`, to the same."""
+        tokens, size, prefix = as_tokens(x, size)
+        return _attend(self, *project(self.qkv, tokens), size, prefix).view_as(x)
 
 
-def agent_attention_pvt(self: AgentAttention2d, x: Tensor) -> Tensor:
-    """PVT: queries apart from keys and values."""
-    tokens, size, _ = as_tokens(x, None)
-    return _attend(self, *project_apart(self.qkv, tokens), size).view_as(x)
+class TheirPvtAttention(AgentAttention2d):
+    """In PVT, queries come apart from keys and values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        tokens, size, _ = as_tokens(x, None)
+        return _attend(self, *project_apart(self.qkv, tokens), size).view_as(x)
 
 
-def agent_attention_cswin(self: AgentAttention2d, x: Tensor) -> Tensor:
-    """CSwin: to planes, to one window, and back."""
-    tokens, size, _ = as_tokens(x, None)
-    q, k, v, local = one_window(*project(self.qkv, tokens), size, self.dwc)
-    return _attend(self, q, k, v, size, local=local).view_as(x)
+class TheirCSwinAttention(AgentAttention2d):
+    """In CSwin, maps go to planes, to one window, and back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        tokens, size, _ = as_tokens(x, None)
+        q, k, v, local = one_window(*project(self.qkv, tokens), size, self.dwc)
+        return _attend(self, q, k, v, size, local=local).view_as(x)
 
 
 def _attend(
@@ -85,13 +94,12 @@ def _repeated(bias: Tensor, batch: int) -> Tensor:
 
 
 FORMULATION = Formulation(
-    visionattn,
-    {**FUNCTIONS, "layers.AgentAttention2d.forward": agent_attention},
+    {**CLASSES, AgentAttention2d: TheirAgentAttention},
     (),
     "biases resized and repeated, matmul-softmax-matmul over few agents; hosts in planes, rolled windows, "
     "stripes copied three times",
     hosts={
-        CSwin: {"layers.AgentAttention2d.forward": agent_attention_cswin},
-        PVT: {"layers.AgentAttention2d.forward": agent_attention_pvt},
+        CSwin: {AgentAttention2d: TheirCSwinAttention},
+        PVT: {AgentAttention2d: TheirPvtAttention},
     },
 )

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-import visionattn
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.windows import merge, partition
 from visionattn.layers.bilevel_routing import BiLevelRoutingAttention
 from visionattn.layers.maps import extend_to, fill_up, on_nhwc
-from visionattn.models.biformer import Block
+from visionattn.models.biformer import FullAttention
 
 
-def bilevel_routing_attention(self: BiLevelRoutingAttention, x: Tensor) -> Tensor:
-    """The forward pass of either official operator on `[B, H, W, C]`, with the parameters of our layer."""
-    region = self._region_size(*x.shape[1:3])
-    return (_by_regions if self.pad == "input" else _by_maps)(self, x, region)
+class TheirRoutingAttention(BiLevelRoutingAttention):
+    """Either official operator, with the parameters of our layer."""
+
+    lepe: nn.Conv2d
+    scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        region = self._region_size(*x.shape[1:3])
+        return (_by_regions if self.pad == "input" else _by_maps)(self, x, region)
 
 
-def _by_regions(self: BiLevelRoutingAttention, x: Tensor, region: tuple[int, int]) -> Tensor:
+def _by_regions(self: TheirRoutingAttention, x: Tensor, region: tuple[int, int]) -> Tensor:
     """The map is cut into regions before the projection; keys and values are gathered together."""
     height, width, dim = x.shape[1:]
     sides = self.n_win * region[0], self.n_win * region[1]
@@ -34,7 +39,7 @@ def _by_regions(self: BiLevelRoutingAttention, x: Tensor, region: tuple[int, int
     return self.proj(out + local.permute(0, 2, 3, 1))[:, :height, :width].contiguous()
 
 
-def _by_maps(self: BiLevelRoutingAttention, x: Tensor, region: tuple[int, int]) -> Tensor:
+def _by_maps(self: TheirRoutingAttention, x: Tensor, region: tuple[int, int]) -> Tensor:
     """The map stays whole for the pooling of regions and for the convolution; keys are gathered by head."""
     q, k, v = self.qkv(x).chunk(3, -1)
     query, key = (
@@ -80,19 +85,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor
     return out.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
 
 
-def block(self: Block, x: Tensor) -> Tensor:
-    """Three branches, the MLP on the whole map."""
-    x = x if self.pos_embed is None else x + on_nhwc(self.pos_embed, x)
-    x = x + self.drop_path(self.attn(self.norm1(x)))
-    return x + self.drop_path(self.mlp(self.norm2(x)))
+class TheirFullAttention(FullAttention):
+    """Attention of the last stage in products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        qkv = self.qkv(x)
+        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+        local = on_nhwc(self.lepe, qkv.chunk(3, -1)[2] if self.lepe_of_values else x)
+        return self.proj((weights @ v).transpose(1, 2).reshape(x.shape) + local)
 
 
 FORMULATION = Formulation(
-    visionattn,
-    {
-        "layers.bilevel_routing.BiLevelRoutingAttention.forward": bilevel_routing_attention,
-        "models.biformer.Block.forward": block,
-    },
+    {BiLevelRoutingAttention: TheirRoutingAttention, FullAttention: TheirFullAttention},
     ((224, 224), (448, 448)),
     "gather of keys and values, copies by head, matmul-softmax-matmul",
 )

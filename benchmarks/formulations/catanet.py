@@ -9,30 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.formulations.formulation import Formulation
-from visionattn.models import catanet
-from visionattn.models.catanet import ConvMlp, HeadProjection, LocalAttention, TokenAggregation
+from visionattn.layers.overlapping_patches import ConvMlp, HeadProjection, LocalAttention
+from visionattn.models.catanet import TokenAggregation
 
 
-def token_aggregation(
-    self: TokenAggregation, x: Tensor, centres: Tensor, initialised: Tensor
-) -> tuple[Tensor, Tensor]:
+class TheirAggregation(TokenAggregation):
     """Projections of all pixels, then one gather each; groups unfolded with the ones behind them."""
-    tokens = self.norm(x.flatten(1, 2))
-    if self.training:
-        means = catanet._segment_means(tokens.detach(), self.num_centres)
-        centres = torch.where(initialised, centres, means)
+
+    def forward(self, x: Tensor, centres: Tensor, initialised: Tensor) -> tuple[Tensor, Tensor]:
+        """A map `[B, H, W, C]` and centres to a map and the centres of training."""
+        tokens = self.norm(x.flatten(1, 2))
+        if self.training:
+            means = self.segment_means(tokens.detach())
+            centres = torch.where(initialised, centres, means)
+            with torch.no_grad():
+                for _ in range(self.iterations - 1):
+                    centres = _move(F.normalize(tokens, dim=-1), F.normalize(centres, dim=-1))
+            centres = _move(F.normalize(tokens, dim=-1), F.normalize(centres, dim=-1))
         with torch.no_grad():
-            for _ in range(self.iterations - 1):
-                centres = _move(F.normalize(tokens, dim=-1), F.normalize(centres, dim=-1))
-        centres = _move(F.normalize(tokens, dim=-1), F.normalize(centres, dim=-1))
-    with torch.no_grad():
-        nearest = _cosines(F.normalize(tokens, dim=-1), F.normalize(centres, dim=-1)).argmax(-1)
-        order = nearest.argsort(dim=-1, stable=True)[..., None]
-    out = _attend(self, tokens, order, centres)
-    planes = out.unflatten(1, x.shape[1:3]).permute(0, 3, 1, 2).contiguous()
-    planes = F.conv2d(planes, self.out.weight[..., None, None])
-    x = x + planes.permute(0, 2, 3, 1)
-    return x + self.mlp(x), centres.detach()
+            nearest = _cosines(F.normalize(tokens, dim=-1), F.normalize(centres, dim=-1)).argmax(-1)
+            order = nearest.argsort(dim=-1, stable=True)[..., None]
+        out = _attend(self, tokens, order, centres)
+        planes = out.unflatten(1, x.shape[1:3]).permute(0, 3, 1, 2).contiguous()
+        planes = F.conv2d(planes, self.out.weight[..., None, None])
+        x = x + planes.permute(0, 2, 3, 1)
+        return x + self.mlp(x), centres.detach()
 
 
 def _cosines(tokens: Tensor, centres: Tensor) -> Tensor:
@@ -81,49 +82,52 @@ def _project(self: HeadProjection, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return self.q(x), self.k(x), self.v(x)
 
 
-def local_attention(self: LocalAttention, x: Tensor) -> Tensor:
+class TheirLocalAttention(LocalAttention):
     """Patches in a stack, all rows of each attending to all; sums by slices."""
-    image, side, step = x.permute(0, 3, 1, 2), self.patch_size, self.patch_size - 2
-    height, width = image.shape[2:]
-    places = [(top, left) for top in _starts(height, side) for left in _starts(width, side)]
-    patches = torch.stack([image[:, :, i : i + side, j : j + side] for i, j in places])
-    patches = patches.transpose(0, 1).contiguous().flatten(0, 1).flatten(2).transpose(1, 2)
-    q, k, v = (
-        t.unflatten(-1, (self.qkv.num_heads, -1)).transpose(1, 2)
-        for t in _project(self.qkv, self.norm(patches))
-    )
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    patches = (self.proj(out) + patches).unflatten(0, (len(x), -1)).transpose(2, 3).unflatten(3, (side, side))
-    total = torch.zeros_like(image)
-    for index, (i, j) in enumerate(places):
-        total[:, :, i : i + side, j : j + side] += patches[:, index]
-    for begin in range(step, height + step - side, step):
-        total[:, :, min(begin, height - side) : begin + 2] /= 2
-    for begin in range(step, width + step - side, step):
-        total[..., min(begin, width - side) : begin + 2] /= 2
-    x = total.permute(0, 2, 3, 1)
-    return self.mlp(x) + x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        image, side, step = x.permute(0, 3, 1, 2), self.patch_size, self.patch_size - 2
+        height, width = image.shape[2:]
+        places = [(top, left) for top in _starts(height, side) for left in _starts(width, side)]
+        patches = torch.stack([image[:, :, i : i + side, j : j + side] for i, j in places])
+        patches = patches.transpose(0, 1).contiguous().flatten(0, 1).flatten(2).transpose(1, 2)
+        q, k, v = (
+            t.unflatten(-1, (self.qkv.num_heads, -1)).transpose(1, 2)
+            for t in _project(self.qkv, self.norm(patches))
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        patches = (
+            (self.proj(out) + patches).unflatten(0, (len(x), -1)).transpose(2, 3).unflatten(3, (side, side))
+        )
+        total = torch.zeros_like(image)
+        for index, (i, j) in enumerate(places):
+            total[:, :, i : i + side, j : j + side] += patches[:, index]
+        for begin in range(step, height + step - side, step):
+            total[:, :, min(begin, height - side) : begin + 2] /= 2
+        for begin in range(step, width + step - side, step):
+            total[..., min(begin, width - side) : begin + 2] /= 2
+        x = total.permute(0, 2, 3, 1)
+        return self.mlp(x) + x
 
 
 def _starts(side: int, patch: int) -> Iterator[int]:
     return (min(begin, side - patch) for begin in range(0, side - 2, patch - 2))
 
 
-def conv_mlp(self: ConvMlp, x: Tensor) -> Tensor:
+class TheirConvMlp(ConvMlp):
     """Rows of pixels, to planes for the convolution, and back."""
-    size = x.shape[1:3]
-    x = F.gelu(self.fc1(self.norm(x.flatten(1, 2))))
-    local = F.gelu(self.dwconv(x.transpose(1, 2).unflatten(2, size).contiguous()))
-    return self.fc2(x + local.flatten(2).transpose(1, 2).contiguous()).unflatten(1, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        size = x.shape[1:3]
+        x = F.gelu(self.fc1(self.norm(x.flatten(1, 2))))
+        local = F.gelu(self.dwconv(x.transpose(1, 2).unflatten(2, size).contiguous()))
+        return self.fc2(x + local.flatten(2).transpose(1, 2).contiguous()).unflatten(1, size)
 
 
 FORMULATION = Formulation(
-    catanet,
-    {
-        "TokenAggregation.forward": token_aggregation,
-        "LocalAttention.forward": local_attention,
-        "ConvMlp.forward": conv_mlp,
-    },
+    {TokenAggregation: TheirAggregation, LocalAttention: TheirLocalAttention, ConvMlp: TheirConvMlp},
     ((64, 64),),
     "gather, unfold and scatter of sorted pixels, patches in a stack, attention on heads of 9 and 10",
 )

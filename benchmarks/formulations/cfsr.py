@@ -8,18 +8,20 @@ from torch import Tensor, nn
 
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.linear_hosts import planes
-from visionattn.models import cfsr
 from visionattn.models.cfsr import CFSR, Block, ConvMod, EdgeConv, EdgeMlp, Layer
 
 
-def layer(self: Layer, x: Tensor) -> Tensor:
+class TheirLayer(Layer):
     """All blocks in planes."""
-    x = planes(x)
-    for block in self.blocks:
-        assert isinstance(block, Block)
-        x = x + block.layer_scale_1[:, None, None] * _modulate(block.attn, x)
-        x = x + block.layer_scale_2[:, None, None] * _mlp(block.mlp, x)
-    return (_pointwise(self.conv, x) + x).permute(0, 2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        x = planes(x)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = x + block.layer_scale_1[:, None, None] * _modulate(block.attn, x)
+            x = x + block.layer_scale_2[:, None, None] * _mlp(block.mlp, x)
+        return (_pointwise(self.conv, x) + x).permute(0, 2, 3, 1)
 
 
 def _modulate(self: ConvMod, x: Tensor) -> Tensor:
@@ -60,8 +62,7 @@ class _Merged(Formulation):
 
 
 FORMULATION = _Merged(
-    cfsr,
-    {"Layer.forward": layer},
+    {Layer: TheirLayer},
     ((64, 64),),
     "planes, layer norm written out, in training four convolutions for the edges; inference merges them",
 )

@@ -7,28 +7,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.formulations.formulation import Formulation
-from benchmarks.formulations.rectangles import rectangle_window_attention
-from visionattn.models import craft
-from visionattn.models.craft import FusionBlock, HighFrequencyBlock
+from benchmarks.formulations.rectangles import TheirRectangleAttention
+from visionattn.layers.rectangle_window import RectangleWindowAttention
+from visionattn.models.craft import ChannelAttention, FusionBlock, HighFrequencyBlock
 
 
-def high_frequency_block(self: HighFrequencyBlock, x: Tensor) -> Tensor:
+class TheirHighFrequencyBlock(HighFrequencyBlock):
     """Two branches on halves of the channels, joined."""
-    x = x.permute(0, 3, 1, 2)
-    half = x.shape[1] // 2
-    local, peaks = F.gelu(self.conv(x[:, :half])), F.gelu(_pointwise(self.fc, self.pool(x[:, half:])))
-    return (x + _pointwise(self.last_fc, torch.cat((local, peaks), 1))).permute(0, 2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        x = x.permute(0, 3, 1, 2)
+        half = x.shape[1] // 2
+        local, peaks = F.gelu(self.conv(x[:, :half])), F.gelu(_pointwise(self.fc, self.pool(x[:, half:])))
+        return (x + _pointwise(self.last_fc, torch.cat((local, peaks), 1))).permute(0, 2, 3, 1)
 
 
-def fusion_block(self: FusionBlock, low: Tensor, high: Tensor) -> Tensor:
+class TheirFusionBlock(FusionBlock):
     """Restormer's attention among channels and its MLP."""
-    low, high = low.permute(0, 3, 1, 2), high.permute(0, 3, 1, 2)
-    x = low + _channel_attention(self.attn, _layer_norm(self.norm1, low), high)
-    gate, value = self.mlp.dwconv(_pointwise(self.mlp.fc1, _layer_norm(self.norm2, x))).chunk(2, 1)
-    return (x + _pointwise(self.mlp.fc2, F.gelu(gate) * value)).permute(0, 2, 3, 1)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        """Maps `[B, H, W, C]` of low and high frequencies to one."""
+        low, high = low.permute(0, 3, 1, 2), high.permute(0, 3, 1, 2)
+        x = low + _channel_attention(self.attn, _layer_norm(self.norm1, low), high)
+        gate, value = self.mlp.dwconv(_pointwise(self.mlp.fc1, _layer_norm(self.norm2, x))).chunk(2, 1)
+        return (x + _pointwise(self.mlp.fc2, F.gelu(gate) * value)).permute(0, 2, 3, 1)
 
 
-def _channel_attention(self: craft.ChannelAttention, low: Tensor, high: Tensor) -> Tensor:
+def _channel_attention(self: ChannelAttention, low: Tensor, high: Tensor) -> Tensor:
     size = low.shape[2:]
     q = self.q_dwconv(_pointwise(self.q, high))
     k, v = self.kv_dwconv(_pointwise(self.kv, low)).chunk(2, 1)
@@ -53,11 +59,10 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 FORMULATION = Formulation(
-    craft,
     {
-        "RectangleWindowAttention.forward": rectangle_window_attention,
-        "HighFrequencyBlock.forward": high_frequency_block,
-        "FusionBlock.forward": fusion_block,
+        RectangleWindowAttention: TheirRectangleAttention,
+        HighFrequencyBlock: TheirHighFrequencyBlock,
+        FusionBlock: TheirFusionBlock,
     },
     ((64, 64),),
     "roll, planes to windows to heads, bias by MLP and gather, matmul-softmax-matmul, layer norm written out",

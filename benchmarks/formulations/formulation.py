@@ -1,85 +1,84 @@
-"""How the authors of a family write its attention, as data."""
+"""The way in which the authors of a family write it, as a table of classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import attrgetter
-from types import ModuleType
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visionattn.layers.linear import Linear, Mlp
+from visionattn.models.frames.common import Block
+
+Classes = Mapping[type[nn.Module], type[nn.Module]]
 
 
-def _mlp(self: Mlp, x: Tensor) -> Tensor:
+class TheirMlp(Mlp):
     """Layer by layer."""
-    return self.fc2(self.act(self.fc1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` to `[..., dim]`."""
+        return self.fc2(self.act(self.fc1(x)))
 
 
-# What every formulation has of PyTorch.
-_LAYERS: tuple[tuple[type[nn.Module], Callable[..., Tensor]], ...] = (
-    (Linear, nn.Linear.forward),
-    (Mlp, _mlp),
-)
+class TheirBlock(Block):
+    """The MLP on the whole map."""
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` to `[..., dim]`."""
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+# Every formulation computes its linear layers as PyTorch does, one after the other.
+LAYERS: Classes = {Linear: nn.Linear, Mlp: TheirMlp, Block: TheirBlock}
 
 
 @dataclass(frozen=True)
 class Formulation:
-    """How the authors of a family write its attention; linear layers are PyTorch's.
+    """The way in which the authors of a family write it; linear layers are PyTorch's.
 
     Attributes:
-        module: the file, package or class in which something is replaced.
-        functions: replacements by their names there: of kernels that the file imports, or, after dots, of
-            methods, as `"layers.AgentAttention2d.forward"`.
+        classes: for classes of our modules their subclasses that compute the same in the authors' way.
         sizes: inputs (height, width) that a comparison uses unless told otherwise; empty for the input size
             of the variant.
-        what: the formulation in a few words.
+        description: the formulation in a few words.
         per_forward: caches that the authors' network fills anew in every forward pass.
-        hosts: what is replaced otherwise, or in addition, in networks of a class.
+        hosts: classes that come in addition, or instead, in networks of a class.
     """
 
-    module: ModuleType | type
-    functions: dict[str, Callable[..., Any]]
+    classes: Classes
     sizes: tuple[tuple[int, int], ...]
-    what: str
+    description: str
     per_forward: tuple[Callable[[], None], ...] = ()
-    hosts: dict[type[nn.Module], dict[str, Callable[..., Any]]] = field(default_factory=dict)
+    hosts: Mapping[type[nn.Module], Classes] = field(default_factory=dict)
 
     def prepare(self, net: nn.Module) -> None:
         """Make `net` the one that stands for ours; the networks of this library are as they come."""
 
+    def classes_in(self, net: nn.Module) -> Classes:
+        """The classes that take the place of ours in a network."""
+        return {**LAYERS, **self.classes, **self.hosts.get(type(net), {})}
+
     @contextmanager
     def in_place_of_kernels(self, net: nn.Module) -> Iterator[None]:
-        """Inside the block, `net` and every other network of the family computes as the authors do."""
+        """Inside the block `net` computes as the authors do, other networks as ever."""
 
         def start_forward(*args: object) -> None:
             for clear in self.per_forward:
                 clear()
 
-        theirs = {**self.functions, **self.hosts.get(type(net), {})}
-        ours = {name: attrgetter(name)(self.module) for name in theirs}
-        our_layers = [(layer, layer.forward) for layer, _ in _LAYERS]
+        theirs = self.classes_in(net)
+        ours = [(module, type(module)) for module in net.modules() if type(module) in theirs]
         hook = net.register_forward_pre_hook(start_forward)
-        self._replace(theirs, _LAYERS)
+        for module, kind in ours:
+            module.__class__ = theirs[kind]  # pyright: ignore[reportAttributeAccessIssue]
         try:
             # Attention that a family leaves to PyTorch is written out in products there.
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
             hook.remove()
-            self._replace(ours, our_layers)
-
-    def _replace(
-        self,
-        functions: dict[str, Callable[..., Any]],
-        layers: Iterable[tuple[type[nn.Module], Callable[..., Tensor]]],
-    ) -> None:
-        for name, function in functions.items():
-            *owner, leaf = name.split(".")
-            setattr(attrgetter(".".join(owner))(self.module) if owner else self.module, leaf, function)
-        for layer, forward in layers:
-            layer.forward = forward
+            for module, kind in ours:
+                module.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]

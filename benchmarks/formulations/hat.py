@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.windows import merge, partition, window_heads
-from visionattn.models import hat
+from visionattn.models.hat import WindowAttention
 
 
 def rolled_window_attention(
@@ -50,7 +50,7 @@ def unfolded_window_attention(
 @lru_cache(maxsize=8)
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
     """-100 between pixels of a rolled window that were not adjacent: `[windows, window², window²]`."""
-    # What inference mode makes, no later training could use.
+    # Training could not use a tensor that was made in inference mode.
     with torch.inference_mode(False):
         return _shift_mask(height, width, window, shift, device)
 
@@ -75,7 +75,7 @@ def gathered_bias(table: Tensor, window: int, overlap: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _pair_index(window: int, overlap: int, device: torch.device) -> Tensor:
-    """Where the bias of each pair stands in the flat table; a stored buffer of the authors' networks."""
+    """The place of each pair's bias in the flat table; a stored buffer of the authors' networks."""
     query = torch.arange(window, device=device)
     key = torch.arange(-overlap, window + overlap, device=device)
     offset = key[None] - query[:, None] + window - 1 + overlap
@@ -83,12 +83,24 @@ def _pair_index(window: int, overlap: int, device: torch.device) -> Tensor:
     return (rows * (2 * (window + overlap) - 1) + columns).flatten(2).flatten(0, 1)
 
 
+class TheirWindowAttention(WindowAttention):
+    """Both kinds of windows on a whole map."""
+
+    def forward(self, x: Tensor, top: int = 0) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`; `top` is for bands and not used."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        bias = self.relative_position_bias_table
+        if self.overlap:
+            out = unfolded_window_attention(q, k, v, self.window_size, self.overlap, bias=bias)
+        else:
+            out = rolled_window_attention(
+                q, k, v, self.window_size, shift=(self.shift, self.shift), bias=bias
+            )
+        return self.proj(out.flatten(3))
+
+
 FORMULATION = Formulation(
-    hat,
-    {
-        "window_attention": rolled_window_attention,
-        "overlapping_window_attention": unfolded_window_attention,
-    },
+    {WindowAttention: TheirWindowAttention},
     ((64, 64),),
     "roll, window partition, mask, gathered bias, unfold, matmul-softmax-matmul",
     per_forward=(shift_mask.cache_clear,),

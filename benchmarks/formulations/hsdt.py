@@ -7,52 +7,70 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.formulations.formulation import Formulation
-from visionattn.models import hsdt
-from visionattn.models.hsdt import GuidedSpectralAttention, SelfModulatedMlp, SpectralSpatialConv, UpConv
+from visionattn.layers.volumes import DownConv, SpectralSpatialConv, UpConv, VolumeConv
+from visionattn.models.hsdt import GuidedSpectralAttention, SelfModulatedMlp
 
 
-def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """A 3-D convolution of `[B, D, H, W, C]`."""
-    y = F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, padding=1)
-    return y.permute(0, 2, 3, 4, 1)
+class TheirVolumeConv(VolumeConv):
+    """A 3-D convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, D, H, W, C]` to `[B, D, H', W', C']`."""
+        return nn.Conv3d.forward(self, input.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
-def spectral_spatial_conv(self: SpectralSpatialConv, x: Tensor) -> Tensor:
+class TheirDownConv(TheirVolumeConv, DownConv):
+    """A 3-D convolution."""
+
+
+class TheirSpectralSpatialConv(SpectralSpatialConv):
     """3-D convolutions of one band, and of one pixel."""
-    x = x.permute(0, 4, 1, 2, 3)
-    y = x
-    for conv in (self.spatial1, self.spatial2):
-        y = F.leaky_relu(F.conv3d(y, conv.weight[:, :, None], padding=(0, 1, 1)))
-    return (y + F.conv3d(x, self.spectral.weight[..., None], padding=(1, 0, 0))).permute(0, 2, 3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, D, H, W, C]` to the same."""
+        x = x.permute(0, 4, 1, 2, 3)
+        y = x
+        for conv in (self.spatial1, self.spatial2):
+            y = F.leaky_relu(F.conv3d(y, conv.weight[:, :, None], padding=(0, 1, 1)))
+        return (y + F.conv3d(x, self.spectral.weight[..., None], padding=(1, 0, 0))).permute(0, 2, 3, 4, 1)
 
 
-def up_conv(self: UpConv, x: Tensor, top: int = 0, height: int | None = None) -> Tensor:
-    """Enlargement of the volume; `top` and `height` are for bands and not used."""
-    volume = x.permute(0, 4, 1, 2, 3)
-    volume = F.interpolate(volume, scale_factor=(1.0, 2.0, 2.0), mode="trilinear", align_corners=True)
-    return convolve(self, volume.permute(0, 2, 3, 4, 1))
+class TheirUpConv(TheirVolumeConv, UpConv):
+    """Enlargement of the volume, then a convolution of it."""
+
+    def forward(self, input: Tensor, *band: object) -> Tensor:
+        """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`; the place of a band is not used."""
+        volume = input.permute(0, 4, 1, 2, 3)
+        volume = F.interpolate(volume, scale_factor=(1.0, 2.0, 2.0), mode="trilinear", align_corners=True)
+        return super().forward(volume.permute(0, 2, 3, 4, 1))
 
 
-def spectral_attention(self: GuidedSpectralAttention, x: Tensor, weights: Tensor) -> Tensor:
+class TheirSpectralAttention(GuidedSpectralAttention):
     """At every pixel a product with its bands, between two projections."""
-    mixed = weights[:, None, None] @ self.v(x.permute(0, 2, 3, 1, 4))
-    return self.proj(mixed).permute(0, 3, 1, 2, 4) + x
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """`[B, D, H, W, C]` and mixing weights `[B, D, D]` to `[B, D, H, W, C]`."""
+        mixed = weights[:, None, None] @ self.v(x.permute(0, 2, 3, 1, 4))
+        return self.proj(mixed).permute(0, 3, 1, 2, 4) + x
 
 
-def modulated_mlp(self: SelfModulatedMlp, x: Tensor) -> Tensor:
+class TheirModulatedMlp(SelfModulatedMlp):
     """The gate in two operations."""
-    value, gate = self.gated(x).chunk(2, -1)
-    return self.fc2(F.gelu(self.fc1(x))) + value * torch.sigmoid(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, D, H, W, C]` to the same."""
+        value, gate = self.gated(x).chunk(2, -1)
+        return self.fc2(F.gelu(self.fc1(x))) + value * torch.sigmoid(gate)
 
 
 FORMULATION = Formulation(
-    hsdt,
     {
-        "_convolve": convolve,
-        "SpectralSpatialConv.forward": spectral_spatial_conv,
-        "UpConv.forward": up_conv,
-        "GuidedSpectralAttention.forward": spectral_attention,
-        "SelfModulatedMlp.forward": modulated_mlp,
+        VolumeConv: TheirVolumeConv,
+        DownConv: TheirDownConv,
+        SpectralSpatialConv: TheirSpectralSpatialConv,
+        UpConv: TheirUpConv,
+        GuidedSpectralAttention: TheirSpectralAttention,
+        SelfModulatedMlp: TheirModulatedMlp,
     },
     ((64, 64),),
     "3-D convolutions and enlargement, a product with the mixing matrix at every pixel",

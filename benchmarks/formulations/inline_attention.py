@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-import visionattn
-from benchmarks.formulations.formulation import Formulation
+from benchmarks.formulations.formulation import Formulation, TheirBlock
 from benchmarks.formulations.linear_hosts import (
-    FUNCTIONS,
+    CLASSES,
     Size,
     add_to_map,
     one_window,
@@ -17,27 +16,38 @@ from benchmarks.formulations.linear_hosts import (
 )
 from visionattn.layers import InLineAttention2d
 from visionattn.layers.maps import as_tokens
-from visionattn.models.hosts.hosts import PVT, CSwin
+from visionattn.models.hosts.cswin import CSwin
+from visionattn.models.hosts.pvt import PVT
+from visionattn.models.inline_attention import StreamBlock
 
 
-def inline_attention(self: InLineAttention2d, x: Tensor, size: Size | None = None) -> Tensor:
-    """The forward pass of the published layer: Swin and DeiT."""
-    tokens, size, prefix = as_tokens(x, size)
-    return _attend(self, *project(self.qkv, tokens), tokens.mean(1), size, prefix).view_as(x)
+class TheirInLineAttention(InLineAttention2d):
+    """The published layer in Swin and DeiT."""
+
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
+        """A map `[B, H, W, C]`, or tokens `[B, N, C]` of a map of `size`, to the same."""
+        tokens, size, prefix = as_tokens(x, size)
+        return _attend(self, *project(self.qkv, tokens), tokens.mean(1), size, prefix).view_as(x)
 
 
-def inline_attention_pvt(self: InLineAttention2d, x: Tensor) -> Tensor:
-    """PVT: queries apart from keys and values."""
-    tokens, size, _ = as_tokens(x, None)
-    return _attend(self, *project_apart(self.qkv, tokens), tokens.mean(1), size).view_as(x)
+class TheirPvtAttention(InLineAttention2d):
+    """In PVT, queries come apart from keys and values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        tokens, size, _ = as_tokens(x, None)
+        return _attend(self, *project_apart(self.qkv, tokens), tokens.mean(1), size).view_as(x)
 
 
-def inline_attention_cswin(self: InLineAttention2d, x: Tensor, mean: Tensor) -> Tensor:
-    """CSwin: to planes, to one window, and back; a second convolution of the values."""
-    tokens, size, _ = as_tokens(x, None)
-    assert self.dwc is not None
-    q, k, v, static = one_window(*project(self.qkv, tokens), size, self.dwc)
-    return _attend(self, q, k, v, mean, size, static=static).view_as(x)
+class TheirCSwinAttention(InLineAttention2d):
+    """In CSwin, maps go to planes, to one window, and back; the values are convolved twice."""
+
+    def forward(self, x: Tensor, mean: Tensor) -> Tensor:
+        """A map `[B, H, W, C]` and its mean `[B, C]` before the norm to a map."""
+        tokens, size, _ = as_tokens(x, None)
+        assert self.dwc is not None
+        q, k, v, static = one_window(*project(self.qkv, tokens), size, self.dwc)
+        return _attend(self, q, k, v, mean, size, static=static).view_as(x)
 
 
 def _attend(
@@ -69,14 +79,17 @@ def _attend(
     return self.proj(out if static is None else out + static)
 
 
+class TheirStreamBlock(TheirBlock, StreamBlock):
+    """The MLP on the whole map."""
+
+
 FORMULATION = Formulation(
-    visionattn,
-    {**FUNCTIONS, "layers.InLineAttention2d.forward": inline_attention},
+    {**CLASSES, InLineAttention2d: TheirInLineAttention},
     (),
     "means subtracted at the end, kernels predicted by grouped convolutions and applied in planes; hosts in "
     "planes, rolled windows, stripes copied three times",
     hosts={
-        CSwin: {"layers.InLineAttention2d.forward": inline_attention_cswin},
-        PVT: {"layers.InLineAttention2d.forward": inline_attention_pvt},
+        CSwin: {InLineAttention2d: TheirCSwinAttention, StreamBlock: TheirStreamBlock},
+        PVT: {InLineAttention2d: TheirPvtAttention},
     },
 )

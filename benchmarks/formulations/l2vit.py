@@ -2,71 +2,89 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-import visionattn
 from benchmarks.formulations.formulation import Formulation
-from benchmarks.formulations.linear_hosts import convolve_planes, embed_image
-from benchmarks.formulations.linear_hosts import window_attention as divided_attention
+from benchmarks.formulations.linear_hosts import (
+    ImagesInPlanes,
+    TheirStridedConv,
+    TheirWindowAttention,
+    planes,
+)
 from visionattn.layers import LinearAttention2d, WindowAttention2d
 from visionattn.layers.maps import fill_up
-from visionattn.models.l2vit import Downsample, L2Block, LocalConcentration, Stem
+from visionattn.models.frames.common import StridedConv2d
+from visionattn.models.frames.pyramid import MapSequential
+from visionattn.models.l2vit import L2Block, L2ViT, LocalConcentration
 
 
-def stem(self: Stem, x: Tensor) -> Tensor:
-    """Convolutions in planes; their transposed output is normalised."""
-    return self.norm(convolve_planes(self.proj, fill_up(x, (4, 4))).permute(0, 2, 3, 1))
+class TheirL2ViT(ImagesInPlanes, L2ViT):
+    """Images stay in planes up to the stem."""
 
 
-def downsample(self: Downsample, x: Tensor) -> Tensor:
-    """A norm of rows, a convolution in planes."""
-    return convolve_planes(self.proj, fill_up(self.norm(x), (2, 2))).permute(0, 2, 3, 1)
+class TheirMapSequential(MapSequential):
+    """Convolutions in planes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H', W', C']`."""
+        return nn.Sequential.forward(self, planes(x)).permute(0, 2, 3, 1)
 
 
-def block(self: L2Block, x: Tensor) -> Tensor:
+class TheirBlock(L2Block):
     """Position encodings in planes."""
-    x = x + convolve_planes(self.cpe[0], x).permute(0, 2, 3, 1)
-    x = x + self.drop_path(self.attend(x))
-    if self.norm3 is None or self.local_mp is None:
-        x = x + convolve_planes(self.cpe[1], x).permute(0, 2, 3, 1)
-    else:
-        x = x + self.drop_path(self.local_mp(self.norm3(x)))
-    return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        x = x + self.cpe[0](planes(x)).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.attend(x))
+        if self.norm3 is None or self.local_mp is None:
+            x = x + self.cpe[1](planes(x)).permute(0, 2, 3, 1)
+        else:
+            x = x + self.drop_path(self.local_mp(self.norm3(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def local_concentration(self: LocalConcentration, x: Tensor) -> Tensor:
+class TheirConcentration(LocalConcentration):
     """Both convolutions in planes."""
-    x = self.bn(self.act(convolve_planes(self.conv1, x)))
-    return self.conv2(x).permute(0, 2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        x = self.bn(self.act(self.conv1(planes(x))))
+        return self.conv2(x).permute(0, 2, 3, 1)
 
 
-def window_attention(self: WindowAttention2d, x: Tensor) -> Tensor:
+class TheirFilledAttention(TheirWindowAttention):
     """Windows of a map that is filled up."""
-    height, width = x.shape[1:3]
-    out = divided_attention(self, fill_up(x, (self.window_size, self.window_size)))
-    return out[:, :height, :width].contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        height, width = x.shape[1:3]
+        out = super().forward(fill_up(x, (self.window_size, self.window_size)))
+        return out[:, :height, :width].contiguous()
 
 
-def linear_attention(self: LinearAttention2d, x: Tensor) -> Tensor:
+class TheirLinearAttention(LinearAttention2d):
     """Keys and values first, by heads."""
-    qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    q, k = q.relu(), k.relu()
-    denominator = (q @ k.transpose(-2, -1).sum(-1, keepdim=True)).clamp(min=self.floor)
-    state = k.transpose(-2, -1) @ v * self.temperature
-    return self.proj((q @ state / denominator).transpose(1, 2).flatten(2)).view_as(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = q.relu(), k.relu()
+        denominator = (q @ k.transpose(-2, -1).sum(-1, keepdim=True)).clamp(min=self.floor)
+        state = k.transpose(-2, -1) @ v * self.temperature
+        return self.proj((q @ state / denominator).transpose(1, 2).flatten(2)).view_as(x)
 
 
 FORMULATION = Formulation(
-    visionattn,
     {
-        "models.frames.pyramid.Pyramid._stem": embed_image,
-        "models.l2vit.Stem.forward": stem,
-        "models.l2vit.Downsample.forward": downsample,
-        "models.l2vit.L2Block.forward": block,
-        "models.l2vit.LocalConcentration.forward": local_concentration,
-        "layers.WindowAttention2d.forward": window_attention,
-        "layers.LinearAttention2d.forward": linear_attention,
+        L2ViT: TheirL2ViT,
+        MapSequential: TheirMapSequential,
+        StridedConv2d: TheirStridedConv,
+        L2Block: TheirBlock,
+        LocalConcentration: TheirConcentration,
+        WindowAttention2d: TheirFilledAttention,
+        LinearAttention2d: TheirLinearAttention,
     },
     (),
     "convolutions in planes, windows cut and put together, matmul-softmax-matmul, keys and values by heads",

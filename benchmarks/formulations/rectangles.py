@@ -17,35 +17,36 @@ Size = tuple[int, int]
 _STORED = (64, 64)
 
 
-def rectangle_window_attention(
-    self: RectangleWindowAttention, x: Tensor, top: int | None = None, height: int | None = None
-) -> Tensor:
-    """Both kinds of windows on a whole map `[B, H, W, C]`; `top` and `height` are for bands and not used."""
-    batch, rows, columns, dim = x.shape
-    qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, dim)).permute(2, 0, 1, 3)
-    values = qkv[2].transpose(1, 2).contiguous().unflatten(2, (rows, columns))
-    if self.mask_shift:  # RGT
-        fill = [-side % max(self.windows[0]) for side in (rows, columns)]
-        planes = qkv.reshape(-1, rows, columns, dim).permute(0, 3, 1, 2)
-        planes = F.pad(planes, (0, fill[1], 0, fill[0]))
-        size = (planes.shape[2], planes.shape[3])
-        qkv = planes.flatten(2).unflatten(0, (3, batch)).transpose(2, 3)
-    else:
-        size = (rows, columns)
-    out = []
-    for half, window, bias in zip(qkv.chunk(2, -1), self.windows, self.position_bias):
-        shift = (window[0] // 2, window[1] // 2)
-        mask = None
-        if self.shifted:
-            if self.mask_shift:
-                stored = size == _STORED
-                mask = (_stored_mask if stored else shift_mask)(size, window, shift, x.device)
-            half = half.unflatten(2, size).roll((-shift[0], -shift[1]), (2, 3)).flatten(2, 3)
-        attended = _attend(half, size, window, self.num_heads // 2, bias, mask)
-        out.append(attended.roll(shift, (1, 2)) if self.shifted else attended)
-    tokens = torch.cat([t[:, :rows, :columns].reshape(batch, -1, dim // 2) for t in out], 2)
-    local = self.lepe(values).permute(0, 2, 3, 1).contiguous().flatten(1, 2)
-    return self.proj(tokens + local).unflatten(1, (rows, columns))
+class TheirRectangleAttention(RectangleWindowAttention):
+    """Both kinds of windows on a whole map."""
+
+    def forward(self, x: Tensor, top: int | None = None, height: int | None = None) -> Tensor:
+        """`[B, H, W, C]` to the same; `top` and `height` are for bands and not used."""
+        batch, rows, columns, dim = x.shape
+        qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, dim)).permute(2, 0, 1, 3)
+        values = qkv[2].transpose(1, 2).contiguous().unflatten(2, (rows, columns))
+        if self.mask_shift:  # RGT
+            fill = [-side % max(self.windows[0]) for side in (rows, columns)]
+            planes = qkv.reshape(-1, rows, columns, dim).permute(0, 3, 1, 2)
+            planes = F.pad(planes, (0, fill[1], 0, fill[0]))
+            size = (planes.shape[2], planes.shape[3])
+            qkv = planes.flatten(2).unflatten(0, (3, batch)).transpose(2, 3)
+        else:
+            size = (rows, columns)
+        out = []
+        for half, window, bias in zip(qkv.chunk(2, -1), self.windows, self.position_bias):
+            shift = (window[0] // 2, window[1] // 2)
+            mask = None
+            if self.shifted:
+                if self.mask_shift:
+                    stored = size == _STORED
+                    mask = (_stored_mask if stored else shift_mask)(size, window, shift, x.device)
+                half = half.unflatten(2, size).roll((-shift[0], -shift[1]), (2, 3)).flatten(2, 3)
+            attended = _attend(half, size, window, self.num_heads // 2, bias, mask)
+            out.append(attended.roll(shift, (1, 2)) if self.shifted else attended)
+        tokens = torch.cat([t[:, :rows, :columns].reshape(batch, -1, dim // 2) for t in out], 2)
+        local = self.lepe(values).permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+        return self.proj(tokens + local).unflatten(1, (rows, columns))
 
 
 def _attend(

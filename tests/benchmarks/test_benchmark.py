@@ -6,7 +6,6 @@ import json
 import time
 from contextlib import nullcontext
 from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import timm
 import torch
 
-import visionattn
 from benchmarks import kernels, memory, models, report, scaling
 from benchmarks.cases import CASES, Case
 from benchmarks.formulations import FORMULATIONS, Formulation
@@ -59,6 +57,17 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         {"depths": (2,) * 4, "embed_dims": (32,) * 4, "num_heads": (2,) * 4, "window_size": 3},
         (64, 96),
     ),
+    "nat": (
+        "dinat_mini",
+        {
+            "depths": (2, 2),
+            "embed_dim": 16,
+            "num_heads": (2, 2),
+            "kernel_size": 3,
+            "dilations": ((1, 4), (2, 1)),
+        },
+        (56, 40),
+    ),
     "rgt": ("rgt_s_x2", {"depths": (3, 2), "embed_dim": 96}, (20, 40)),
     "pmnet": ("pmnet_small", {}, (20, 32)),
 }
@@ -92,16 +101,26 @@ def test_the_authors_formulation_gives_the_same_outputs_and_gradients(family: st
 @pytest.mark.parametrize("family", FORMULATIONS)
 def test_kernels_are_put_back(family: str):
     formulation = FORMULATIONS[family]
-    net, _ = build(family)
-    theirs = {**formulation.functions, **formulation.hosts.get(type(net), {})}
-    ours = {name: attrgetter(name)(formulation.module) for name in theirs}
+    net, image = build(family)
+    other, _ = build(family)
+    ours, theirs = [type(module) for module in net.modules()], formulation.classes_in(net)
+    expected = other(image)
     with formulation.in_place_of_kernels(net):
-        for name, function in theirs.items():
-            assert attrgetter(name)(formulation.module) is function
+        assert [type(module) for module in net.modules()] == [theirs.get(kind, kind) for kind in ours]
+        assert [type(module) for module in other.modules()] == ours
+        torch.testing.assert_close(other(image), expected)
     with pytest.raises(ZeroDivisionError), formulation.in_place_of_kernels(net):
         _ = 1 / 0
-    assert {name: attrgetter(name)(formulation.module) for name in ours} == ours
+    assert [type(module) for module in net.modules()] == ours
     assert not net._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", [f for f, formulation in FORMULATIONS.items() if not formulation.hosts])
+def test_every_class_of_a_formulation_is_found(family: str):
+    net, _ = build(family)
+    classes = FORMULATIONS[family].classes
+    assert set(classes) <= {type(module) for module in net.modules()}
+    assert all(issubclass(theirs, ours) for ours, theirs in classes.items())
 
 
 @pytest.mark.parametrize("family", FORMULATIONS)
@@ -122,7 +141,7 @@ def test_comparison(family: str, train: bool):
 
 def test_equal_passes_hold_equal_memory():
     net, image = build("l2vit")
-    row = models.compare(net.train(), "name", Formulation(visionattn, {}, (), ""), image, repeats=1)
+    row = models.compare(net.train(), "name", Formulation({}, (), ""), image, repeats=1)
     assert row.our_memory == row.authors_memory
 
 

@@ -31,7 +31,7 @@ def test_every_way_gives_the_same_picture_and_budgets_less_memory():
     assert all(row.input == (1, 3, 240, 240) for row in rows)
     assert authors.memory is not None
     assert authors.counted is not None
-    # What the process holds more than the tensors belongs to libraries and to the allocator.
+    # The process holds more than the tensors for libraries and for the allocator.
     assert 0.8 * authors.counted < authors.memory < 2 * authors.counted
     for row in rows:
         assert row.memory is not None

@@ -141,7 +141,7 @@ def test_names_stay_and_everything_is_undone(structure: str) -> None:
     for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         with torch.no_grad():
             assert torch.equal(copied(x), ours(x))
-    visionattn.restore(ours)
+    visionattn.decelerate(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
@@ -250,6 +250,7 @@ def test_halonet() -> None:
 
 def test_report() -> None:
     model = timm.create_model("davit_tiny", **_DAVIT)
+    before = [type(m) for m in model.modules()]
     report = visionattn.accelerate(model, "cuda")
     assert len(report.swapped) == len(report.kept) == 4
     assert all(model.get_submodule(name).__class__.__name__ == kind for name, kind in report.swapped.items())
@@ -262,15 +263,17 @@ def test_report() -> None:
         "attention across channels, for which there is no kernel",
         "timm's own formulation is as fast on the CPU",
     }
+    report.undo()
+    assert [type(m) for m in model.modules()] == before
     assert "nothing to swap" in str(visionattn.accelerate(nn.Conv2d(2, 2, 1)))
 
 
-def test_restore_leaves_our_own_networks_alone() -> None:
+def test_decelerate_leaves_our_own_networks_alone() -> None:
     ours = timm.create_model("nat_mini", depths=(1, 1, 1, 1))
     before = [type(m) for m in ours.modules()]
     visionattn.accelerate(ours)
     assert before.count(Linear) == [type(m) for m in ours.modules()].count(Linear) > 0
-    visionattn.restore(ours)
+    visionattn.decelerate(ours)
     assert [type(m) for m in ours.modules()] == before
 
 

@@ -28,16 +28,33 @@ from visionattn.models.registry.variants import ENTRIES
 
 # One network of every family and host, and of every pattern of attention.
 NETWORKS = (
-    *("agent_cswin_tiny", "agent_deit_tiny", "agent_pvt_tiny", "agent_swin_tiny", "biformer_tiny"),
-    *("catanet_x2", "cfsr_x2", "craft_x2", "dinat_mini", "hat_s_x2", "hsdt_s", "hsdt_ssr"),
-    *("inline_cswin_tiny", "inline_deit_tiny", "inline_pvt_tiny", "inline_swin_tiny", "l2vit_t"),
-    *("nat_mini", "nat_isotropic_small", "pmnet_small", "rgt_s_x2"),
+    "agent_cswin_tiny",
+    "agent_deit_tiny",
+    "agent_pvt_tiny",
+    "agent_swin_tiny",
+    "biformer_tiny",
+    "catanet_x2",
+    "cfsr_x2",
+    "craft_x2",
+    "dinat_mini",
+    "hat_s_x2",
+    "hsdt_s",
+    "hsdt_ssr",
+    "inline_cswin_tiny",
+    "inline_deit_tiny",
+    "inline_pvt_tiny",
+    "inline_swin_tiny",
+    "l2vit_t",
+    "nat_mini",
+    "nat_isotropic_small",
+    "pmnet_small",
+    "rgt_s_x2",
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one network.
+    """The results of exporting one network in every way.
 
     Attributes:
         network: its registered name; what was exported has all its parts, and fewer blocks.

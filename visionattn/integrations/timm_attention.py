@@ -49,15 +49,21 @@ _CPU_REASONS: dict[type[nn.Module], str] = {
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What `accelerate` did.
+    """The report of `accelerate`.
 
     Attributes:
+        model: the network.
         swapped: modules that now compute otherwise: name in the network to class.
         kept: attention that stays timm's: name in the network to the reason.
     """
 
+    model: nn.Module = field(repr=False)
     swapped: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+
+    def undo(self) -> None:
+        """Let every module of the network compute as timm wrote it, as `decelerate` does."""
+        decelerate(self.model)
 
     def __str__(self) -> str:
         lines = [f"swapped: {count} x {kind}" for kind, count in Counter(self.swapped.values()).items()]
@@ -73,20 +79,20 @@ def accelerate(model: nn.Module, device: torch.device | str | None = None) -> Ac
     swapped block no longer run. Where attention dropout is on, timm's formulation runs in training.
 
     On the CPU only what was measured to be faster there is swapped, and the linear layers as well, of any
-    network: `visionattn.layers.linear` says how.
+    network, whose product is then `visionattn.kernels.product`.
 
     Args:
         model: from `timm.create_model`, or any module with such a network inside.
         device: where the network will run; by default where its parameters are.
 
     Returns:
-        What was swapped, and what was not and why. `restore` undoes it.
+        What was swapped, and what was not and why; its `undo()`, or `decelerate`, takes it back.
     """
-    restore(model)
+    decelerate(model)
     first = next(model.parameters(), None)
     kind = torch.device(device).type if device is not None else "cpu" if first is None else first.device.type
     table, reasons = (_CPU, _CPU_REASONS) if kind == "cpu" else (_KERNELS, _REASONS)
-    report = Acceleration()
+    report = Acceleration(model)
     for name, module in _walk(model):
         original = next((c for c in table if isinstance(module, c)), None)
         if original is None or (original is nn.Linear and type(module) is not nn.Linear):
@@ -104,7 +110,7 @@ def accelerate(model: nn.Module, device: torch.device | str | None = None) -> Ac
     return report
 
 
-def restore(model: nn.Module) -> None:
+def decelerate(model: nn.Module) -> None:
     """Undo `accelerate`: every module computes as timm wrote it."""
     for module in model.modules():
         if type(module) in _ORIGINALS:

@@ -1,4 +1,4 @@
-"""What timm's attention modules are made of, as our kernels want it."""
+"""The parts of timm's attention modules in the form that our kernels take."""
 
 from __future__ import annotations
 

@@ -63,12 +63,12 @@ class SlidingRelPosBias(RelPosBiasTf):
 class OneDnnLinear(Linear):
     """`torch.nn.Linear` by the faster of PyTorch's two matrix libraries.
 
-    A class of its own, so that `restore` knows it from the linear layers of our networks.
+    A class of its own, so that `decelerate` tells it from the linear layers of our networks.
     """
 
 
 def _masked(bias: Tensor, mask: Tensor | None, batch: int) -> Tensor:
-    """What is added to the logits `[batch, heads, n, n]`, where the windows of a map are neighbours."""
+    """The addend of logits `[batch, heads, n, n]`, whose windows of one map follow one another."""
     if mask is None:
         return bias
     return (bias + mask[:, None]).repeat(batch // len(mask), 1, 1, 1)

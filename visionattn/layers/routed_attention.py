@@ -98,6 +98,8 @@ class RoutedAttention2d(nn.Module):
 
     def _cut(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """The (height, width) of a region of a map, and of the map where `pad` fills it up."""
+        if self.region_size is None:
+            raise NotImplementedError("a layer without a region_size needs a _cut of its own")
         rows, columns = self.region_size
         return (rows, columns), (rows * -(-height // rows), columns * -(-width // columns))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visionattn.layers import LinearAttention2d, WindowAttention2d
 from visionattn.layers.maps import fill_up, on_nhwc
-from visionattn.models.frames.common import Block, build_backbone, convolve, drop_path_rates
+from visionattn.models.frames.common import Block, StridedConv2d, build_backbone, drop_path_rates
 from visionattn.models.frames.pyramid import MapSequential, Pyramid, Stage
 from visionattn.models.registry.names import CLASSIFIER, Names
 from visionattn.models.registry.shapes import Shapes, classes_of
@@ -63,10 +63,10 @@ class Downsample(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(in_dim, **dd)
-        self.proj = nn.Conv2d(in_dim, dim, 2, stride=2, **dd)
+        self.proj = StridedConv2d(in_dim, dim, 2, stride=2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(self.proj, fill_up(self.norm(x), (2, 2)))
+        return self.proj(fill_up(self.norm(x), (2, 2)))
 
 
 class LocalConcentration(nn.Module):

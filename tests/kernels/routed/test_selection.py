@@ -1,4 +1,4 @@
-"""Which regions are selected, against the definitions written out."""
+"""The regions that are selected, against the definitions written out."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def load_from_address(filename: str, map_location: Any = None) -> dict[str, obje
 
 
 def _logged_values() -> list[Any]:
-    """What mmengine's log of scalars is made of."""
+    """The classes that mmengine's log of scalars is made of."""
     return [
         HistoryBuffer,
         np.ndarray,

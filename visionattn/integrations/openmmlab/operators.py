@@ -39,7 +39,7 @@ def use_torchvision_operators() -> bool:
 
 
 class _Operators(ModuleType):
-    """What mmcv takes for its compiled module; it asks for every operator's name at import."""
+    """A stand-in for mmcv's compiled module; mmcv asks it for every operator's name at import."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

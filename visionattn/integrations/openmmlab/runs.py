@@ -39,7 +39,7 @@ def train(config: Config, folder: Path, resume: bool = False, launcher: str = "n
     """Train as the configuration says.
 
     Args:
-        config: what to train.
+        config: names the networks, data and schedules of the training.
         folder: where logs, checkpoints and pictures go.
         resume: go on from the last checkpoint in `folder`, if there is one.
         launcher: `"pytorch"` under torchrun.
@@ -52,7 +52,7 @@ def evaluate(config: Config, checkpoint: Path, folder: Path, launcher: str = "no
     """Judge a checkpoint on the configuration's test data.
 
     Args:
-        config: what to build.
+        config: names the network.
         checkpoint: a file of a run.
         folder: where logs go.
         launcher: `"pytorch"` under torchrun.

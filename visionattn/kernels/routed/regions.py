@@ -36,7 +36,7 @@ def region_means(x: Tensor, region: Sequence[int]) -> Tensor:
     x = at_least_float32(x.flatten(3))
     height, width = x.shape[1:3]
     if height % region[0] or width % region[1]:
-        x = F.avg_pool2d(x.permute(0, 3, 1, 2), region, ceil_mode=True, count_include_pad=False)
+        x = F.avg_pool2d(x.permute(0, 3, 1, 2), tuple(region), ceil_mode=True, count_include_pad=False)
         return x.flatten(2).transpose(1, 2)
     x = x.unflatten(2, (-1, region[1])).unflatten(1, (-1, region[0]))
     # Two sums, for PyTorch's sum over two separate axes at once is ten times slower on a CPU.

@@ -111,23 +111,26 @@ class Block(nn.Module):
         return pixelwise(add_branch, x, into=None if self.training else x, hidden_dim=self.hidden_dim)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A strided convolution of `[B, H, W, C]`, as `on_nhwc`, and fast where weights outnumber the pixels.
+class StridedConv2d(nn.Conv2d):
+    """A strided convolution of `[B, H, W, C]`, fast also where weights outnumber the pixels.
 
     A convolution first copies its weights into another order, which for the small maps of late stages is most
-    of the work; as a product of patches it takes them as they are.
+    of the work; as a product of patches it takes them as they are. Arguments as `torch.nn.Conv2d`.
     """
-    padding: Any = conv.padding
-    (height, width), (step_y, step_x) = conv.kernel_size, conv.stride
-    # First of all, because the comparison of sizes would bind a traced program to them.
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return on_nhwc(conv, x)
-    numbers = x.numel() * height * width // (step_y * step_x)
-    if conv.weight.numel() < _WEIGHTS_PER_NUMBER * numbers:
-        return on_nhwc(conv, x)
-    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    patches = x.unfold(1, height, step_y).unfold(2, width, step_x).flatten(3)
-    return product(patches, conv.weight.flatten(1), conv.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H', W', C']`."""
+        x, padding = input, self.padding
+        assert not isinstance(padding, str)
+        (height, width), (step_y, step_x) = self.kernel_size, self.stride
+        # First of all, because the comparison of sizes would bind a traced program to them.
+        plain = torch.compiler.is_compiling() or x.device.type != "cpu"
+        area = height * width / (step_y * step_x)
+        if plain or self.weight.numel() < _WEIGHTS_PER_NUMBER * x.numel() * area:
+            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+        patches = x.unfold(1, height, step_y).unfold(2, width, step_x).flatten(3)
+        return product(patches, self.weight.flatten(1), self.bias)
 
 
 def resize_tokens(tokens: Tensor, size: Size, new_size: Size, mode: str) -> Tensor:

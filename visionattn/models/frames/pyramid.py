@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from visionattn._compat import feature_take_indices
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import fill_up
-from visionattn.models.frames.common import Size, check_size, convolve, init_linear, resize_tokens
+from visionattn.models.frames.common import Size, StridedConv2d, check_size, init_linear, resize_tokens
 
 
 class Stage(nn.Module):
@@ -103,7 +103,7 @@ class PatchEmbedding(nn.Module):
         self.stride = stride
         self.fill = fill
         self.size = size
-        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, **dd)
+        self.proj = StridedConv2d(in_dim, dim, kernel, stride, padding, **dd)
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.pos_embed = None
         if size is not None:
@@ -114,7 +114,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, in_dim]` to `[B, H / stride, W / stride, dim]`."""
         x = fill_up(x, (self.stride, self.stride)) if self.fill else x
-        x = self.norm(convolve(self.proj, x))
+        x = self.norm(self.proj(x))
         if self.pos_embed is None or self.size is None:
             return x
         return x + resize_tokens(self.pos_embed, self.size, (x.shape[1], x.shape[2]), "bilinear")

@@ -11,7 +11,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from visionattn._compat import feature_take_indices
-from visionattn.models.frames.common import Size, check_size, convolve, init_linear, resize_tokens
+from visionattn.models.frames.common import Size, StridedConv2d, check_size, init_linear, resize_tokens
 
 _POOLS = ("token", "avg", "max", "avgmax", "")
 
@@ -46,7 +46,7 @@ class TokenNetwork(nn.Module):
         num_classes: int,
         global_pool: str,
         drop_rate: float,
-        patch_embed: nn.Conv2d,
+        patch_embed: StridedConv2d,
         patch_size: int,
         embed_dim: int,
         size: Size | None,
@@ -194,7 +194,7 @@ class TokenNetwork(nn.Module):
     def embed(self, x: Tensor) -> tuple[Tensor, Size]:
         """Images `[B, in_chans, H, W]` to tokens `[B, N, C]` with their positions, and their map's size."""
         check_size(x, self.min_size)
-        x = convolve(self.patch_embed, x.permute(0, 2, 3, 1))
+        x = self.patch_embed(x.permute(0, 2, 3, 1))
         size = (x.shape[1], x.shape[2])
         token = self.cls_token
         if self.pos_embed is not None and self.size is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from visionattn.kernels import dense_attention
 from visionattn.kernels.checks import pair
 from visionattn.layers.linear import Linear
-from visionattn.models.frames.common import Block, Size, drop_path_rates, resize_square
+from visionattn.models.frames.common import Block, Size, StridedConv2d, drop_path_rates, resize_square
 from visionattn.models.frames.tokens import TokenNetwork
 from visionattn.models.hosts.guest import Guest, square
 from visionattn.models.registry.names import Names
@@ -76,7 +76,7 @@ class DeiT(TokenNetwork):
             num_classes,
             global_pool,
             drop_rate,
-            patch_embed=nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, **dd),
+            patch_embed=StridedConv2d(in_chans, embed_dim, patch_size, patch_size, **dd),
             patch_size=patch_size,
             embed_dim=embed_dim,
             size=size,

@@ -5,6 +5,8 @@ The second goes along reverse lists, the query regions that list a key region, f
 values: every program owns its keys, so that sums are made in one order and equal inputs give equal bits.
 """
 
+# Inside kernels, constants and shapes follow Triton's rules.
+# pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 from collections.abc import Sequence

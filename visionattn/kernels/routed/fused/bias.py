@@ -152,7 +152,7 @@ def bias_launch_options(q: Tensor, relative: bool) -> dict[str, Any]:
 
 
 def listed_regions(indices: Tensor) -> Tensor:
-    """Which region lists which `[B, lists, regions, regions]` int8, from lists with -1 for padding."""
+    """Lists written out `[B, lists, regions, regions]` int8: 1 where a region lists another."""
     regions = indices.shape[2]
     listed = torch.zeros((*indices.shape[:3], regions + 1), dtype=torch.int8, device=indices.device)
     # The last column collects the padding and is cut off.

@@ -59,14 +59,14 @@ def antidiagonal_scores(
 ) -> Tensor:
     """The estimated share of each region in the attention of each region `[B, heads, regions, regions]`."""
     batch, height, width, heads, dim = q.shape
-    scale = dim**-0.5 if scale is None else scale
+    factor = (dim**-0.5 if scale is None else scale) / stride
     pixels = q.new_ones((1, height, width, 1, 1))
     with without_autocast(q):
         queries, keys, inside = (_groups(x, region, stride) for x in (q, k, pixels))
         regions, groups = inside.shape[:2]
         queries, keys = (x.unflatten(0, (batch, heads, regions)) for x in (queries.flip(2), keys))
         queries, keys = (x.flatten(4).flatten(2, 3) for x in (queries, keys))
-        logits = queries @ keys.transpose(2, 3) * (scale / stride)
+        logits = queries @ keys.transpose(2, 3) * factor
         # Groups of nothing but pixels beyond the map are no keys, and as queries do not count.
         inside = inside.flatten(2).any(-1)
         weights = logits.masked_fill(~inside.flatten(), float("-inf")).softmax(-1)

@@ -1,10 +1,10 @@
-"""The simulator against the published and the measured tilings."""
+"""Simulated tilings against the published and the measured tilings."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.simulator import simulate
+from benchmarks.simulation import simulate
 from visionattn.kernels.local.pattern import Pattern, grid_axis, neighborhood_axis, window_axis
 
 
