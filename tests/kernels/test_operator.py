@@ -14,16 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from visionattn.kernels import (
     agent_attention,
     dense_attention,
+    grid_attention,
     linear_attention,
+    neighborhood_attention,
+    overlapping_window_attention,
     routed_attention,
     use_backend,
+    window_attention,
 )
 
 # Batch, height, width, heads, head dim.
 SHAPE = (2, 6, 5, 2, 8)
 PIXELS = 30
-# Two of the four regions of 3x3 pixels for each; keys beyond the map count.
-LISTS = torch.tensor([[0, 1], [3, 1], [2, 0], [1, 2]], dtype=torch.int32).expand(2, 1, 4, 2)
 
 
 class Case(NamedTuple):
@@ -37,6 +39,11 @@ class Case(NamedTuple):
 def products(pixels: int, keys: int, count: int) -> int:
     """Operations of so many products of queries and keys."""
     return 2 * count * SHAPE[0] * SHAPE[3] * SHAPE[4] * pixels * keys
+
+
+def lists() -> Tensor:
+    """Two of the four regions of 3x3 pixels for each; keys beyond the map count."""
+    return torch.tensor([[0, 1], [3, 1], [2, 0], [1, 2]], dtype=torch.int32).expand(2, 1, 4, 2)
 
 
 CASES = {
@@ -56,14 +63,34 @@ CASES = {
         2 * products(PIXELS, 4, 7),
     ),
     "routed": Case(
-        lambda q, k, v: routed_attention(q, k, v, LISTS, 3, distinct=True),
+        lambda q, k, v: routed_attention(q, k, v, lists(), 3, distinct=True),
         products(PIXELS, 18, 2),
         products(PIXELS, 18, 7),
     ),
     "routed with lse": Case(
-        lambda q, k, v: routed_attention(q, k, v, LISTS, 3, return_lse=True)[0],
+        lambda q, k, v: routed_attention(q, k, v, lists(), 3, return_lse=True)[0],
         products(PIXELS, 18, 2),
         products(PIXELS, 18, 7),
+    ),
+    "windows": Case(
+        lambda q, k, v: window_attention(q, k, v, (3, 5)),
+        products(PIXELS, 15, 2),
+        products(PIXELS, 15, 5),
+    ),
+    "overlapping windows": Case(
+        lambda q, k, v: overlapping_window_attention(q, k, v, (3, 5), (1, 0)),
+        products(PIXELS, 25, 2),
+        products(PIXELS, 25, 5),
+    ),
+    "grid": Case(
+        lambda q, k, v: grid_attention(q, k, v, (3, 5)),
+        products(PIXELS, 15, 2),
+        products(PIXELS, 15, 5),
+    ),
+    "neighborhood with lse": Case(
+        lambda q, k, v: neighborhood_attention(q, k, v, 3, return_lse=True)[0],
+        products(PIXELS, 9, 2),
+        products(PIXELS, 9, 5),
     ),
     "linear": Case(linear_attention, products(PIXELS, 8, 2), products(PIXELS, 8, 5)),
 }

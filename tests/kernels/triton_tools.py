@@ -59,22 +59,33 @@ def compile_for(target: str, kernel: Any, types: dict[str, Any], options: dict[s
         target: a name of `TARGETS`.
         kernel: a function under `triton.jit`.
         types: Triton's type of each argument that is no `tl.constexpr`, as `"*fp16"`, `"i32"`, or a tuple of
-            such. Pointers, and integers called `stride...`, are taken to be divisible by 16, as they are for
-            common widths: a launch notices that by itself.
+            such and of `tl.constexpr`, in any depth. Pointers, and integers called `stride...`, are taken to
+            be divisible by 16, as they are for common widths: a launch notices that by itself.
         options: what the kernel is launched with: constants, `num_warps`, `num_stages`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    constants: dict[Any, Any] = {name: v for name, v in options.items() if name in kernel.arg_names}
     launch = {name: value for name, value in options.items() if name not in constants}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {}
-    for i, (name, kind) in enumerate(signature.items()):
-        paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
-        if name.startswith("stride") or (isinstance(kind, str) and kind.startswith("*")):
-            aligned |= {path: [["tt.divisibility", 16]] for path in paths}
+
+    def typed(kind: Any, name: str, path: tuple[int, ...]) -> Any:
+        """The type of an argument; its constants and what is aligned are noted on the way."""
+        if isinstance(kind, tuple):
+            names = [name if name.startswith("stride") else n for n in getattr(kind, "_fields", kind)]
+            parts = (typed(k, n, (*path, i)) for i, (k, n) in enumerate(zip(kind, map(str, names))))
+            return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
+        if isinstance(kind, triton.language.constexpr):
+            constants[path] = kind.value
+            return "constexpr"
+        if name.startswith("stride") or kind.startswith("*"):
+            aligned[path] = [["tt.divisibility", 16]]
+        return kind
+
+    names = kernel.arg_names
+    signature = {name: typed(types.get(name, "constexpr"), name, (i,)) for i, name in enumerate(names)}
     source = ASTSource(kernel, signature, constants, aligned)
     backend, architecture, warp, _ = TARGETS[target]
     compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=launch)

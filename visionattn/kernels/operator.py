@@ -280,29 +280,15 @@ def _define(
     return packet.default
 
 
-def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of an operator whose samples cannot share a batch, as gradients of a bias: one call each."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        samples = [
-            operator(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims)))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(samples[0], Tensor):
-            return torch.stack(samples), 0
-        outs = tuple(torch.stack(parts) for parts in zip(*samples))
-        return outs, (0,) * len(outs)
-
-    return rule
-
-
 def _vmap_rule(tensors: Sequence[str], shared: tuple[str, ...]) -> Callable[..., Any]:
     """The rule for `vmap` of an operator whose arguments begin with these tensors."""
 
     def rule_of(operator: Any) -> Any:
         def one_by_one(info: Any, in_dims: Sequence[Any], *args: Any) -> list[Tensor]:
             samples = [
-                _several(operator(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims))))
+                _several(
+                    operator(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims)))
+                )
                 for i in range(info.batch_size)
             ]
             return [torch.stack(parts) for parts in zip(*samples)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from visionattn.kernels import use_backend
 from visionattn.kernels.local.op import LOCAL_ATTENTION
 from visionattn.kernels.local.pattern import (
+    Call,
     Pattern,
     grid_axis,
     neighborhood_axis,
@@ -162,7 +163,7 @@ def run(backend: str, pattern: Pattern, tensors: list[Tensor], return_lse: bool 
     q, k, v, *bias = tensors
     scale = 1.1 * q.shape[-1] ** -0.5
     with use_backend(backend):
-        out, lse = LOCAL_ATTENTION(q, k, v, pattern, bias[0] if bias else None, scale, return_lse)
+        out, lse = LOCAL_ATTENTION(q, k, v, Call(pattern, bias[0] if bias else None, scale, return_lse))
     outs = [out] if lse is None else [out, lse]
     generator = torch.Generator().manual_seed(1)
     # The same numbers in every dtype.

@@ -28,16 +28,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_tools import interpret_quickly
 
 from visionattn.kernels import explain, neighborhood_attention, use_backend, window_attention
-from visionattn.kernels.local.fused import library as fused
 from visionattn.kernels.local.library import encode
 from visionattn.kernels.local.op import LOCAL_ATTENTION
 from visionattn.kernels.local.pattern import (
+    Call,
     Pattern,
     grid_axis,
     neighborhood_axis,
     overlapping_axis,
     window_axis,
 )
+from visionattn.kernels.operator import refuses_fused
 
 __all__ = ["unwritten_is_nan"]
 interpret_quickly()
@@ -123,7 +124,9 @@ def test_table_of_the_specification(axis: Any, expected: list[float]) -> None:
 def mean_of_keys(y: Any, x: Any, v: Tensor) -> Tensor:
     v = v.float().view(1, y.length, x.length, 1, 1)
     with use_backend("triton"):
-        return LOCAL_ATTENTION(v * 0, v * 0, v, Pattern(y, x), None, 1.0, False)[0].view(y.length, x.length)
+        return LOCAL_ATTENTION(v * 0, v * 0, v, Call(Pattern(y, x), None, 1.0, False))[0].view(
+            y.length, x.length
+        )
 
 
 @pytest.mark.parametrize("bias", ["none", "table", "dense"])
@@ -163,13 +166,15 @@ def test_second_derivatives_are_those_of_the_pytorch_path() -> None:
 def test_registered_with_pytorch(bias: str, layout: str) -> None:
     *qkv, table = [*make(TINY, bias, 4, 1, layout=layout), None][:4]
     geometry = encode(TINY)
-    torch.library.opcheck(fused.forward, (*qkv, table, geometry, 0.5))
-    out, lse = fused.forward(*qkv, table, geometry, 0.5)
+    operator = torch.ops.visionattn.local_attention.default
+    torch.library.opcheck(operator, (*qkv, table, geometry, 0.5, True, "triton"))
+    out, lse = operator(*qkv, table, geometry, 0.5, True, "triton")
     plain = [None if x is None else x.detach() for x in (*qkv, table, out, lse)]
     expanded = torch.ones(1).expand(out.shape)
     for grad_lse, adds in ((torch.randn_like(plain[5]), table is not None), (None, False)):
-        args = (expanded, grad_lse, *plain[:4], geometry, 0.5, *plain[4:], adds)
-        torch.library.opcheck(fused.backward, args)
+        wanted = [True, True, True, adds]
+        args = (expanded, grad_lse, *plain[4:], *plain[:4], geometry, 0.5, True, "triton", wanted)
+        torch.library.opcheck(torch.ops.visionattn.local_attention_backward.default, args)
 
 
 def test_vmap_equals_a_loop() -> None:
@@ -234,7 +239,7 @@ def test_choices_and_refusals_say_why() -> None:
     choice = explain(neighborhood_attention, q, k, v, 2)
     assert (choice.backend, choice.reason) == ("triton", "fused kernel available")
     far = torch.empty_strided(q.shape, (1, 2**30, 1, 1, 1), device="meta")
-    assert "2**31" in str(fused.refuses(far, far, far, TINY, None, 1.0, False))
+    assert "2**31" in str(refuses_fused(far, far, far, Call(TINY, None, 1.0, False)))
     for dtype, reason in ((torch.float64, "not in torch.float64"), (torch.bfloat16, "nonsense in bfloat16")):
         with use_backend("triton"), pytest.raises(ValueError, match=reason):
             neighborhood_attention(q.to(dtype), k.to(dtype), v.to(dtype), 2)

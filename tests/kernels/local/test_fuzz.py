@@ -41,7 +41,7 @@ def test_tiles_cover_the_map_once(
         for group in axis.groups():
             pixels = []
             for number in range(tiled.tiles):
-                span = tiled.first + number // tiled.parts * tiled.span
-                begin = span + number % tiled.parts * tiled.tile
-                pixels += range(begin, min(begin + tiled.tile, span + tiled.span))
+                cell = tiled.first + number // tiled.parts * tiled.cell
+                begin = cell + number % tiled.parts * tiled.tile
+                pixels += range(begin, min(begin + tiled.tile, cell + tiled.cell))
             assert [n for n in pixels if 0 <= n < group.axis.length] == list(range(group.axis.length))

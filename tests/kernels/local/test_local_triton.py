@@ -15,8 +15,7 @@ from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 from visionattn.kernels.local.fused import backward as triton_backward
 from visionattn.kernels.local.fused import bias as triton_bias
 from visionattn.kernels.local.fused import forward as triton_forward
-from visionattn.kernels.local.fused.geometry import Strides, choose_tiling
-from visionattn.kernels.local.fused.tiling import TiledAxis
+from visionattn.kernels.local.fused.geometry import choose_tiling, geometry
 from visionattn.kernels.local.pattern import Pattern, neighborhood_axis, overlapping_axis, window_axis
 
 INTERPRETED = Path(__file__).with_name("interpreted_local.py")
@@ -45,6 +44,14 @@ def test_interpreted_at_length() -> None:
     run_interpreted(INTERPRETED, "-m", "slow")
 
 
+def _types(numbers: Any) -> Any:
+    """The types of the numbers of a record; words and truths are constants."""
+    if isinstance(numbers, tuple):
+        parts = map(_types, numbers)
+        return type(numbers)(*parts) if hasattr(numbers, "_fields") else tuple(parts)
+    return "i32" if isinstance(numbers, int) else numbers
+
+
 def compiled(
     kernel: str, target: str, pattern: Pattern, dtype: torch.dtype, dim: int, has_bias: bool = True
 ) -> tuple[Resources, dict[str, Any]]:
@@ -53,18 +60,19 @@ def compiled(
     q = torch.empty(1, pattern.y.length, pattern.x.length, 2, dim, dtype=dtype, device="meta")
     bias = q.new_empty(2, *pattern.table_shape) if has_bias else None
     if kernel in ("window", "bias"):
-        options = triton_bias.pair_tiling(q, bias, pattern, has_bias, hip).options
-        options |= {"MASK": "pairs"} if kernel == "bias" else {}
+        pairs = triton_bias.pair_tiling(q, bias, pattern, has_bias, hip)
+        tiles, options = pairs.tiles, dict(pairs.options)
+        if kernel == "bias":
+            options["FORM"] = options["FORM"]._replace(mask="pairs")
     else:
-        options = choose_tiling(q, bias, pattern, "key" if kernel == "key" else "query", hip=hip)[1]
-    options = {**options, "DENSE": False} | ({} if has_bias else {"bias": None, "partial": None})
-    axis, strides = TiledAxis(*["i32"] * len(TiledAxis._fields)), Strides(*["i32"] * 4)
+        tiles, options = choose_tiling(q, bias, pattern, "key" if kernel == "key" else "query", hip=hip)
+    options |= {} if has_bias else {"bias": None, "partial": None}
+    numbers = geometry(q, bias, pattern, tiles)
     types = dict.fromkeys(
         ("q", "k", "v", "bias", "out", "grad_out", "grad_q", "grad_k", "grad_v"), NAMES[dtype]
     )
     types |= dict.fromkeys(("lse", "grad_lse", "delta", "partial"), "*fp32")
-    types |= {"scale": "fp32", "strides": strides, "rows": strides, "y": axis, "x": axis}
-    types |= {"start": ("i32", "i32")}
+    types |= {"scale": "fp32", "g": _types(numbers), "share": _types(triton_bias.Share((0, 0), (1, 1), 1, 1))}
     names = [name for name in function.arg_names if name not in options]
     return compile_for(target, function, {name: types.get(name, "i32") for name in names}, options), options
 
@@ -85,7 +93,7 @@ LIMITS = {
 def test_compiles_into_registers(kernel: str, target: str) -> None:
     pattern = WINDOWS if kernel == "window" else NEIGHBORHOOD
     taken, options = compiled(kernel, target, pattern, torch.bfloat16, 32)
-    assert options["OWN"] == 64
+    assert options["FORM"].own == 64
     assert taken.registers <= LIMITS[kernel][target]
     assert taken.spilled == 0
     assert taken.shared <= TARGETS[target][3] // 2
@@ -123,7 +131,7 @@ def test_other_widths(kernel: str, target: str, dtype: torch.dtype, dim: int, ha
 @pytest.mark.parametrize("kernel", ["forward", "query", "key"])
 def test_other_masks(kernel: str, pattern: Pattern) -> None:
     taken, options = compiled(kernel, "sm_90", pattern, torch.bfloat16, 64, has_bias=False)
-    assert options["MASK"] == (
+    assert options["FORM"].mask == (
         "some" if pattern is LARGE or (pattern, kernel) == (OVERLAPPING, "key") else "none"
     )
     assert taken.spilled == 0

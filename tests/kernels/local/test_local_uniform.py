@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from visionattn.kernels import neighborhood_attention, use_backend, window_attention
-from visionattn.kernels.local.pattern import Axis, Pattern, grid_axis, neighborhood_axis, overlapping_axis
+from visionattn.kernels.local.pattern import (
+    Axis,
+    Call,
+    Pattern,
+    grid_axis,
+    neighborhood_axis,
+    overlapping_axis,
+)
 from visionattn.kernels.local.plain.uniform import can_be_uniform, uniform_attention
 from visionattn.kernels.local.reference import local_attention
 
@@ -26,8 +33,9 @@ def check(y: Axis, x: Axis, kind: str) -> bool:
     if not can_be_uniform(pattern, bias):
         return False
     q, k, v = torch.randn(3, 2, y.length, x.length, 2, 4, dtype=torch.float64)
-    wanted = local_attention(q, k, v, pattern, bias, 0.5, True)
-    for ours, theirs in zip(uniform_attention(q, k, v, pattern, bias, 0.5, True), wanted):
+    call = Call(pattern, bias, 0.5, True)
+    wanted = local_attention(q, k, v, call)
+    for ours, theirs in zip(uniform_attention(q, k, v, call), wanted):
         torch.testing.assert_close(ours, theirs, msg=f"{pattern} {kind}")
     return True
 

@@ -17,26 +17,22 @@ from typing import Literal, get_args, overload
 from torch import Tensor
 
 from visionattn.kernels.checks import check_bias, check_qkv, pair
-from visionattn.kernels.dispatch import Operator
-from visionattn.kernels.local import reference
-from visionattn.kernels.local.fused.library import fused_attention, refuses
-from visionattn.kernels.local.library import torch_attention
+from visionattn.kernels.local.library import LOCAL_ATTENTION
 from visionattn.kernels.local.pattern import (
     Border,
+    Call,
     Pattern,
     grid_axis,
     neighborhood_axis,
     overlapping_axis,
     window_axis,
 )
+from visionattn.kernels.operator import leaf
 
-LOCAL_ATTENTION = Operator(
-    "local_attention",
-    {"reference": reference.local_attention, "torch": torch_attention, "triton": fused_attention},
-    {"triton": refuses},
-)
+_BORDERS = get_args(Border)
 
 
+@leaf
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -82,6 +78,7 @@ def window_attention(
     return _local_attention("window_attention", q, k, v, pattern, bias, scale)[0]
 
 
+@leaf
 def overlapping_window_attention(
     q: Tensor,
     k: Tensor,
@@ -120,8 +117,8 @@ def overlapping_window_attention(
     """
     height, width = check_qkv("overlapping_window_attention", q, k, v)
     window, overlap = pair("window_size", window_size), pair("overlap", overlap, minimum=0)
-    if border not in get_args(Border):
-        raise ValueError(f"border={border!r} is unknown; choose one of {', '.join(get_args(Border))}")
+    if border not in _BORDERS:
+        raise ValueError(f"border={border!r} is unknown; choose one of {', '.join(_BORDERS)}")
     y, x = (overlapping_axis(size, w, o, border) for size, w, o in zip((height, width), window, overlap))
     for name, axis in (("height", y), ("width", x)):
         if border == "clamp" and axis.length < axis.key_window:
@@ -132,6 +129,7 @@ def overlapping_window_attention(
     return _local_attention("overlapping_window_attention", q, k, v, Pattern(y, x), bias, scale)[0]
 
 
+@leaf
 def grid_attention(
     q: Tensor,
     k: Tensor,
@@ -199,6 +197,7 @@ def neighborhood_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@leaf
 def neighborhood_attention(
     q: Tensor,
     k: Tensor,
@@ -270,6 +269,6 @@ def _local_attention(
     if bias is not None:
         heads = q.shape[3]
         check_bias(name, bias, q, (heads, *pattern.table_shape), (heads, *pattern.dense_shape))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = LOCAL_ATTENTION(q, k, v, pattern, bias, scale, return_lse)
+    call = Call(pattern, bias, q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
+    out, lse = LOCAL_ATTENTION(q, k, v, call)
     return out.contiguous(), None if lse is None else lse.contiguous()

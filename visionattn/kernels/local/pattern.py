@@ -1,15 +1,27 @@
 """The geometry of local attention: which keys a query sees, axis by axis.
 
-Queries lie in blocks; all queries of a block see the same run of keys. Windows, shifted windows, overlapping
-windows (HAT, halo), grids and neighborhoods differ only in where the blocks begin, how many keys they see,
-what happens at the border of the map, and whether the axis is dilated into interleaved groups. Neighborhood
-attention with a stride is blocks of `stride` queries; without one, blocks of a single query. A 2-D pattern is
-the product of its two axes.
+Windows, shifted windows, overlapping windows (HAT, halo), grids and neighborhoods differ only in where their
+blocks begin, how many keys a block sees, what happens at the border of the map, and whether the axis is
+dilated into interleaved groups. Neighborhood attention with a stride is blocks of `stride` queries; without
+one, blocks of a single query. A 2-D pattern is the product of its two axes.
+
+The words of this folder:
+
+- block: adjacent queries that see the same keys. Swin's window of 7 is a block of 7 queries on each axis.
+- key window: the keys that a block sees. HAT's block of 16 queries sees 24 keys, 4 more on each side.
+- group: every `dilation`-th pixel of a dilated axis, from a residue on; it is an undilated axis for itself.
+- tile: queries that are computed at once, with all keys that any of them sees: a block, several, or a part of
+  one. On a map it is a rectangle of queries with its rectangle of keys.
+- run: tiles of equal geometry along one axis, one block after another.
+- segment: adjacent pixels of one axis, such as the queries or the keys of a tile.
+- chunk (`plain/`): tiles of a run of rows and of columns that stay in a CPU's cache together.
+- own and streamed tile (`fused/`): a program owns the one, and reads the others that belong to it in turn.
+- cell (`fused/`): the queries of whole blocks that own tiles are cut from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,8 +30,8 @@ from torch import Tensor
 Border = Literal["zero", "mask", "clamp"]
 
 
-class Span(NamedTuple):
-    """A stretch of one axis; `offset` is the place of its first pixel inside a whole block or key window."""
+class Segment(NamedTuple):
+    """Adjacent pixels; `offset` is the place of the first of them inside a whole block or key window."""
 
     start: int
     length: int
@@ -27,7 +39,7 @@ class Span(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`count` tiles of equal geometry, `step` pixels apart: the queries and keys of the first of them.
+    """`count` tiles of equal geometry, `step` pixels apart: the queries and the keys of the first of them.
 
     Key coordinates count the zero keys that `Axis.key_padding` adds; a border may cut a tile or its keys.
     `blocks` is the number of blocks in a tile; `masked` says that not every query of a tile sees all its
@@ -37,8 +49,8 @@ class Run(NamedTuple):
     count: int
     step: int
     blocks: int
-    query: Span
-    key: Span
+    query: Segment
+    key: Segment
     masked: bool
 
 
@@ -61,7 +73,7 @@ class Axis:
         before: how many of these keys lie before the first query of the block.
         shift: where a block begins; blocks begin at `shift + n * window` for all integers n.
         border: what keys beyond the map are: zero vectors that stay in the softmax (`"zero"`, undilated axes
-            only), absent (`"mask"`), or replaced by moving the run of keys inwards (`"clamp"`).
+            only), absent (`"mask"`), or replaced by moving the key window inwards (`"clamp"`).
         dilation: pixels from one position of a group to the next; pixels attend inside their group.
         is_causal: whether keys behind the query are absent.
     """
@@ -104,14 +116,13 @@ class Axis:
         """The groups that dilation makes of the axis, those of equal length together."""
         whole, longer = self.length // self.dilation, self.length % self.dilation
         sizes = [(0, longer, whole + 1), (longer, self.dilation - longer, whole)]
-        return [Group(first, count, self._undilated(length)) for first, count, length in sizes if count > 0]
+        return [
+            Group(first, count, replace(self, length=length, dilation=1))
+            for first, count, length in sizes
+            if count > 0
+        ]
 
-    def _undilated(self, length: int) -> Axis:
-        return Axis(
-            length, self.window, self.key_window, self.before, self.shift, self.border, 1, self.is_causal
-        )
-
-    def block_keys(self, block: int) -> Span:
+    def block_keys(self, block: int) -> Segment:
         """The keys that a block of an undilated axis sees, causality aside."""
         begin = self.first_block + block * self.window - self.before
         start, stop = begin, begin + self.key_window
@@ -120,7 +131,7 @@ class Axis:
             stop = start + self.key_window
         elif self.border == "mask":
             start, stop = max(start, 0), min(stop, self.length)
-        return Span(start + self.key_padding[0], stop - start, start - begin)
+        return Segment(start + self.key_padding[0], stop - start, start - begin)
 
     def run(self, tile: int, blocks: int = 1, count: int = 1) -> Run:
         """The geometry of `count` equal tiles of `blocks` blocks from number `tile` on."""
@@ -133,8 +144,8 @@ class Axis:
             count,
             blocks * self.window,
             blocks,
-            Span(start, stop - start, start - begin),
-            Span(keys.start, key_stop - keys.start, keys.offset),
+            Segment(start, stop - start, start - begin),
+            Segment(keys.start, key_stop - keys.start, keys.offset),
             self.is_causal or keys != last_keys,
         )
 
@@ -149,8 +160,8 @@ class Axis:
         if whole_from >= tiles:
             return [self.run(tile, blocks) for tile in range(tiles)]
         middle = [self.run(whole_from, blocks, whole_to - whole_from)] if whole_to > whole_from else []
-        head = [self.run(tile, blocks) for tile in range(whole_from)]
-        return head + middle + [self.run(whole_to + i, blocks) for i in range(tiles - whole_to)]
+        first, last = range(whole_from), range(whole_to, tiles)
+        return [*(self.run(i, blocks) for i in first), *middle, *(self.run(i, blocks) for i in last)]
 
     def visibility(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pattern written out for every pair of the given queries and keys.
@@ -162,7 +173,7 @@ class Axis:
         Returns:
             `visible` `[..., nq, nk]`, whether the query sees the key; `offset` `[..., nq, nk]`, key - query
             in steps; `query_position` `[..., nq]` and `key_position` `[..., nq, nk]`, the places inside the
-            block and its run of keys. All but the first are meaningless where not visible.
+            block and its key window. All but the first are meaningless where not visible.
         """
         residue, step, key = query % self.dilation, query // self.dilation, key[..., None, :]
         key_step = key // self.dilation
@@ -249,8 +260,16 @@ class Pattern:
         """The zero keys around `[B, H, W, heads, d]`, as `torch.nn.functional.pad` takes them."""
         return (0, 0, 0, 0, *self.x.key_padding, *self.y.key_padding)
 
+    def is_table(self, bias: Tensor) -> bool:
+        """Whether a bias is a relative table; otherwise it is dense."""
+        return bias.shape[1:] == self.table_shape
+
+    def by_axes(self, bias: Tensor) -> Tensor:
+        """View a dense bias `[heads, nq, nk]` as `[heads, qy, qx, ky, kx]`."""
+        return bias.unflatten(2, (self.y.key_window, -1)).unflatten(1, (self.y.window, -1))
+
     def flops(self, heads: int, head_dim: int) -> int:
-        """Multiply-adds of both products, counted as two operations each, for one sample."""
+        """Operations of both products for one sample; a multiplication and its addition are two."""
         pairs_y, pairs_x = (
             sum(
                 group.count * sum(stop - start for start, stop in group.axis.key_ranges())
@@ -259,3 +278,19 @@ class Pattern:
             for axis in (self.y, self.x)
         )
         return 4 * heads * head_dim * pairs_y * pairs_x
+
+
+class Call(NamedTuple):
+    """All that an implementation of local attention takes besides queries, keys and values.
+
+    Attributes:
+        pattern: which keys a query sees.
+        bias: added to the scaled logits, a table or dense as in `op.py`, or None.
+        scale: multiplies q·k.
+        return_lse: whether the log-sum-exp `[B, H, W, heads]` is wanted besides the output; else it is None.
+    """
+
+    pattern: Pattern
+    bias: Tensor | None
+    scale: float
+    return_lse: bool

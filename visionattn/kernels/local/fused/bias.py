@@ -6,11 +6,11 @@ pairs of one entry, are then added in a fixed order.
 """
 
 # Inside kernels, constants and shapes follow Triton's rules.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,37 @@ from torch import Tensor
 
 from visionattn.kernels.local.fused.geometry import (
     anchored,
-    base_of,
     choose_tiling,
-    offset_of,
+    geometry,
+    load_pixels,
+    load_vectors,
+    numbers_of,
     own_tile,
-    part_of_keys,
-    part_of_queries,
     placed,
-    scores,
 )
+from visionattn.kernels.local.fused.scores import part_of_own, scores
 from visionattn.kernels.local.fused.tiling import Tiling
 from visionattn.kernels.local.pattern import Pattern
-from visionattn.kernels.triton_rows import LOG2_E, load_rows, padded_head_dim
+from visionattn.kernels.triton_rows import LOG2_E, padded_head_dim
 
 # Programs that share the work: several for each of the processors of a large GPU.
 _PROGRAMS = 1024
+
+
+class Share(NamedTuple):
+    """The share of the cells that a program adds up.
+
+    Attributes:
+        start: the first row and column of keys, from the beginning of a cell or, if dense, of a key window.
+        key_tiles: tiles of keys from there on, in rows and columns.
+        steps: cells of all images of one head.
+        slices: a program takes every `slices`-th of them.
+    """
+
+    start: tuple[int, int]
+    key_tiles: tuple[int, int]
+    steps: int
+    slices: int
 
 
 @dataclass(frozen=True)
@@ -45,29 +61,31 @@ class PairTiling:
         tiles: the tiling of the queries.
         options: constants and options for the kernels.
         is_dense: whether the gradient is that of a dense bias, otherwise of a table.
-        start: the first row and column of keys, from the beginning of a span or, if dense, of a run.
-        chunks: tiles of keys from there on, in rows and columns.
+        start: as in `Share`.
+        key_tiles: likewise.
     """
 
     tiles: Tiling
     options: dict[str, Any]
     is_dense: bool
     start: tuple[int, int]
-    chunks: tuple[int, int]
+    key_tiles: tuple[int, int]
 
     @property
     def is_closed(self) -> bool:
         """Whether a program meets all pairs of its queries and of its keys."""
-        return self.tiles.closed and self.tiles.parts == 1 and self.chunks == (1, 1)
+        return self.tiles.closed and self.tiles.parts == 1 and self.key_tiles == (1, 1)
 
-    def steps(self, batch: int) -> int:
-        """Spans of all images of one head."""
-        return batch * self.tiles.programs // self.tiles.parts
+    @property
+    def programs(self) -> int:
+        """Programs that one head needs for all pairs of a cell."""
+        return self.tiles.parts * self.key_tiles[0] * self.key_tiles[1]
 
-    def slices(self, batch: int, heads: int) -> int:
-        """Into how many shares the spans are divided when their gradients are added up."""
-        kinds = heads * self.tiles.parts * self.chunks[0] * self.chunks[1]
-        return max(1, min(self.steps(batch), _PROGRAMS // kinds))
+    def share(self, batch: int, heads: int, add: bool) -> Share:
+        """Divide the cells into shares; each is a single cell unless gradients are to be added up."""
+        steps = batch * self.tiles.programs // self.tiles.parts
+        slices = max(1, min(steps, _PROGRAMS // (heads * self.programs))) if add else steps
+        return Share(self.start, self.key_tiles, steps, slices)
 
 
 def pair_tiling(
@@ -77,8 +95,8 @@ def pair_tiling(
     add: bool,
     hip: bool = torch.version.hip is not None,
 ) -> PairTiling:
-    """The tiling for the gradients of pairs, which are to be added up for that of the bias if `add`."""
-    is_dense = add and bias is not None and bias.shape[1:] != pattern.table_shape
+    """Choose the tiling for the gradients of pairs, which are added up to that of the bias if `add`."""
+    is_dense = add and bias is not None and not pattern.is_table(bias)
     dim, args = padded_head_dim(q), (q, bias, pattern, "query", is_dense, hip)
     most_others = 32 if dim > 32 and bias is not None else 64
     tiles, options = choose_tiling(*args, most_others=most_others)
@@ -89,143 +107,94 @@ def pair_tiling(
     if is_dense:
         start, stop = (0, 0), (pattern.y.key_window, pattern.x.key_window)
     sizes = tiles.others // tiles.strip, tiles.strip
-    del options["SINGLE"], options["ZERO"]
     if tiles.closed and tiles.own == 64:
         options |= {"num_warps": 4 if bias is None or hip else 8, "num_stages": 1}
-    chunks = tuple(-(-(high - low) // size) for low, high, size in zip(start, stop, sizes))
-    return PairTiling(tiles, options, is_dense, start, (chunks[0], chunks[1]))
+    y, x = (-(-(high - low) // size) for low, high, size in zip(start, stop, sizes))
+    return PairTiling(tiles, options, is_dense, start, (y, x))
 
 
 @triton.jit
-def store_partial(partial, number, acc, OWN: tl.constexpr, OTHERS: tl.constexpr):
-    """Write the sums `[OWN, OTHERS]` of a program."""
-    row, column = tl.arange(0, OWN)[:, None], tl.arange(0, OTHERS)[None, :]
-    tl.store(partial + number.to(tl.int64) * (OWN * OTHERS) + row * OTHERS + column, acc)
+def store_partial(partial, number, acc, FORM: tl.constexpr):
+    """Write the sums `[own, others]` of a program."""
+    row, column = tl.arange(0, FORM.own)[:, None], tl.arange(0, FORM.others)[None, :]
+    base = partial + number.to(tl.int64) * (FORM.own * FORM.others)
+    tl.store(base + row * FORM.others + column, acc)
 
 
 @triton.jit
-def bias_kernel(
-    q,
-    k,
-    v,
-    bias,
-    lse,
-    grad_out,
-    delta,
-    partial,
-    scale,
-    strides,
-    rows,
-    y,
-    x,
-    heads,
-    bias_entries,
-    bias_columns,
-    start,
-    chunks_y,
-    chunks_x,
-    steps,
-    slices,
-    DENSE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHERS: tl.constexpr,
-    STRIP: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Sums, over a share of the spans, of the logits' gradients of one head, part of a span and tile of keys.
+def bias_kernel(q, k, v, bias, lse, grad_out, delta, partial, scale, g, share, FORM: tl.constexpr):
+    """Sums, over a share of the cells, of the logits' gradients of one head, part of a cell and tile of keys.
 
-    The key tile stands still while the rectangles of the queries move: `MASK` must be "pairs".
+    The key tile stands still while the rectangles of the queries move: the mask must be "pairs".
     """
     program = tl.program_id(0)
-    chunk_y, chunk_x = program // chunks_x % chunks_y, program % chunks_x
-    tile = program // (chunks_y * chunks_x)
-    part_y, part_x = tile // x.parts % y.parts, tile % x.parts
-    head = tile // (y.parts * x.parts) % heads
-    piece = tile // (y.parts * x.parts * heads)
-    spans_y, spans_x = y.tiles * y.dilation // y.parts, x.tiles * x.dilation // x.parts
-    bias += head * bias_entries
-    acc = tl.zeros([OWN, OTHERS], tl.float32)
-    for turn in range(tl.cdiv(steps - piece, slices)):
-        step = piece + turn * slices
-        tile_y, tile_x = step // spans_x % spans_y * y.parts + part_y, step % spans_x * x.parts + part_x
-        at = placed((step // (spans_x * spans_y)).to(tl.int64), head, tile_y, tile_x, y, x)
-        own = own_tile(at, y, x, False, OWN)
-        others = anchored(chunk_y, chunk_x, own, at, y, x, start, DENSE, STRIP, OTHERS)
-        meet_y = (others.first_y < own.stop_y) & (others.first_y + OTHERS // STRIP > own.start_y)
-        meet_x = (others.first_x < own.stop_x) & (others.first_x + STRIP > own.start_x)
+    wide, high = share.key_tiles[1], share.key_tiles[0]
+    number_y, number_x = program // wide % high, program % wide
+    tile = program // (high * wide)
+    part_y, part_x = tile // g.x.parts % g.y.parts, tile % g.x.parts
+    head = tile // (g.y.parts * g.x.parts) % g.heads
+    piece = tile // (g.y.parts * g.x.parts * g.heads)
+    cells_y, cells_x = g.y.tiles * g.y.dilation // g.y.parts, g.x.tiles * g.x.dilation // g.x.parts
+    acc = tl.zeros([FORM.own, FORM.others], tl.float32)
+    for turn in range(tl.cdiv(share.steps - piece, share.slices)):
+        step = piece + turn * share.slices
+        tile_y = step // cells_x % cells_y * g.y.parts + part_y
+        tile_x = step % cells_x * g.x.parts + part_x
+        at = placed((step // (cells_x * cells_y)).to(tl.int64), head, tile_y, tile_x, g)
+        own = own_tile(at, g, FORM)
+        others = anchored(number_y, number_x, own, at, share.start, g, FORM)
+        meet_y = (others.first_y < own.rows.stop) & (
+            others.first_y + FORM.others // FORM.strip > own.rows.start
+        )
+        meet_x = (others.first_x < own.columns.stop) & (others.first_x + FORM.strip > own.columns.start)
         if meet_y & meet_x:
-            begin = base_of(at, strides)
-            offset = offset_of(others.y, others.x, strides, y, x)
-            query = load_rows(q + begin, offset_of(own.y, own.x, strides, y, x), own.valid, HEAD_DIM, BLOCK_D)
-            key = load_rows(k + begin, offset, others.inside, HEAD_DIM, BLOCK_D)
-            value = load_rows(v + begin, offset, others.inside, HEAD_DIM, BLOCK_D)
-            first = base_of(at, rows)
-            row = offset_of(own.y, own.x, rows, y, x)
-            grad = load_rows(grad_out + first * HEAD_DIM, row * HEAD_DIM, own.valid, HEAD_DIM, BLOCK_D)
-            drop = tl.load(delta + first + row, mask=own.valid, other=0.0)
-            norm = tl.load(lse + first + row, mask=own.valid, other=float("inf")) * LOG2_E
-            part = part_of_queries(own.y, own.x, at, y, x, bias_columns, DENSE)
-            key_part = part_of_keys(others.y, others.x, bias_columns)
-            logits = scores(
-                query,
-                key,
-                own,
-                others,
-                bias,
-                bias_entries - 1,
-                part,
-                key_part,
-                scale,
-                MASK,
-                STRIP,
-                OTHERS,
-                PRECISION,
-            )
+            query = load_pixels(q, at, own, own.valid, g, FORM)
+            key = load_pixels(k, at, others, others.valid, g, FORM)
+            value = load_pixels(v, at, others, others.valid, g, FORM)
+            grad = load_vectors(grad_out, at, own, own.valid, g, FORM)
+            drop = tl.load(numbers_of(delta, at, own, g), mask=own.valid, other=0.0)
+            norm = tl.load(numbers_of(lse, at, own, g), mask=own.valid, other=float("inf")) * LOG2_E
+            part = part_of_own(own, bias, at, g, FORM)
+            logits = scores(query, key, own, others, bias, part, at, scale, g, FORM)
             weights = tl.exp2(logits - norm[:, None])
-            grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+            grad_weights = tl.dot(grad, tl.trans(value), input_precision=FORM.precision)
             acc += weights * (grad_weights - drop[:, None])
-    store_partial(partial, program, acc, OWN, OTHERS)
+    store_partial(partial, program, acc, FORM)
 
 
-def sum_pairs(kernel: Any, pairs: PairTiling, add: bool, q: Tensor, **arguments: Any) -> Tensor | None:
+def sum_pairs(
+    kernel: Any,
+    pairs: PairTiling,
+    pattern: Pattern,
+    add: bool,
+    q: Tensor,
+    bias: Tensor | None,
+    **arguments: Any,
+) -> Tensor | None:
     """Run `bias_kernel` or the kernel of windows, and return the sums of its programs if `add`."""
     batch, heads = q.shape[0], q.shape[3]
-    tiles, options = pairs.tiles, dict(pairs.options)
-    steps = pairs.steps(batch)
-    slices = pairs.slices(batch, heads) if add else steps
-    programs = heads * tiles.parts * pairs.chunks[0] * pairs.chunks[1]
+    tiles, options, programs = pairs.tiles, dict(pairs.options), heads * pairs.programs
+    share = pairs.share(batch, heads, add)
     partial = None
     if add:
-        partial = torch.empty(slices, programs, tiles.own, tiles.others, dtype=torch.float32, device=q.device)
+        shape = share.slices, programs, tiles.own, tiles.others
+        partial = torch.empty(shape, dtype=torch.float32, device=q.device)
     if kernel is bias_kernel:
-        arguments |= {"chunks_y": pairs.chunks[0], "chunks_x": pairs.chunks[1]}
-        options["MASK"] = "pairs"
-    kernel[(slices * programs,)](
-        q=q,
-        partial=partial,
-        y=tiles.y,
-        x=tiles.x,
-        start=pairs.start,
-        steps=steps,
-        slices=slices,
-        **arguments,
-        **options,
-    )
+        options["FORM"] = options["FORM"]._replace(mask="pairs")
+    arguments |= {"partial": partial, "g": geometry(q, bias, pattern, tiles), "share": share}
+    kernel[(share.slices * programs,)](q=q, bias=bias, **arguments, **options)
     return partial
 
 
 def gradient_of_bias(partial: Tensor, pairs: PairTiling, pattern: Pattern, bias: Tensor) -> Tensor:
-    """The gradient of the bias from the sums `[slices, programs of a slice, own, others]` of all programs."""
+    """Make the gradient of the bias from the sums `[slices, programs, own, others]` of all programs."""
     y, x, strip = pairs.tiles.y, pairs.tiles.x, pairs.tiles.strip
-    sums = partial.sum(0).unflatten(0, (bias.shape[0], y.parts, x.parts, *pairs.chunks))
+    sums = partial.sum(0).unflatten(0, (bias.shape[0], y.parts, x.parts, *pairs.key_tiles))
     sums = sums[..., : y.tile * x.tile, :].unflatten(-2, (y.tile, x.tile)).unflatten(-1, (-1, strip))
     # Heads, rows and columns of queries, rows and columns of keys.
     sums = sums.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).flatten(7, 8).flatten(5, 6).flatten(3, 4).flatten(1, 2)
     if pairs.is_dense:
-        # Cut to the block and its run of keys, or filled up where the map is smaller.
+        # Cut to the block and its key window, or filled up where the map is smaller.
         sizes = y.window, x.window, y.key_window, x.key_window
         ends = [(0, size - given) for size, given in zip(sizes, sums.shape[1:])]
         sums = F.pad(sums, [n for end in reversed(ends) for n in end])
@@ -236,7 +205,7 @@ def gradient_of_bias(partial: Tensor, pairs: PairTiling, pattern: Pattern, bias:
 
 
 def _by_distance(x: Tensor, start: int, reach: int) -> Tensor:
-    """Sums over the diagonals of `[..., queries, keys]`: `[..., 2 * reach + 1]`, key - query from -reach on.
+    """Sum `[..., queries, keys]` over its diagonals: `[..., 2 * reach + 1]`, key - query from -reach on.
 
     `start` is the position of the first key, the first query being at 0.
     """

@@ -1,14 +1,11 @@
 """The fused forward pass of local attention: one launch, keys read where they lie on the map.
 
-One program computes a tile of queries of one head. This file and its neighbours named `triton` are imported
-only when a kernel runs.
+One program computes a tile of queries of one head. Modules with kernels are imported when one runs.
 """
 
 # Inside kernels, constants and shapes follow Triton's rules.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -16,84 +13,38 @@ import triton.language as tl
 from torch import Tensor
 
 from visionattn.kernels.local.fused.geometry import (
-    Strides,
-    base_of,
     choose_tiling,
-    offset_of,
+    geometry,
+    load_pixels,
+    numbers_of,
     own_tile,
-    part_of_keys,
-    part_of_queries,
     place,
-    scores,
+    store_vectors,
     stream,
     stream_length,
 )
-from visionattn.kernels.local.pattern import Pattern
-from visionattn.kernels.triton_rows import LN_2, equally_strided, load_rows, store_rows
+from visionattn.kernels.local.fused.scores import part_of_own, scores
+from visionattn.kernels.local.pattern import Call
+from visionattn.kernels.triton_rows import LN_2, equally_strided
 
 
 @triton.jit
-def forward_kernel(
-    q,
-    k,
-    v,
-    bias,
-    out,
-    lse,
-    scale,
-    strides,
-    rows,
-    y,
-    x,
-    heads,
-    bias_entries,
-    bias_columns,
-    DENSE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHERS: tl.constexpr,
-    STRIP: tl.constexpr,
-    MASK: tl.constexpr,
-    SINGLE: tl.constexpr,
-    ZERO: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def forward_kernel(q, k, v, bias, out, lse, scale, g, FORM: tl.constexpr):
     """Output and log-sum-exp of one tile of queries."""
-    at = place(tl.program_id(0), heads, y, x)
-    own = own_tile(at, y, x, False, OWN)
-    begin = base_of(at, strides)
-    query = load_rows(q + begin, offset_of(own.y, own.x, strides, y, x), own.valid, HEAD_DIM, BLOCK_D)
-    part = own.y
-    if bias is not None:
-        bias += at.head * bias_entries
-        part = part_of_queries(own.y, own.x, at, y, x, bias_columns, DENSE)
-    best = tl.full([OWN], float("-inf"), tl.float32)
-    total = tl.zeros([OWN], tl.float32)
-    acc = tl.zeros([OWN, BLOCK_D], tl.float32)
-    tiles = 1 if SINGLE else stream_length(own, STRIP, OTHERS)
+    at = place(tl.program_id(0), g)
+    own = own_tile(at, g, FORM)
+    query = load_pixels(q, at, own, own.valid, g, FORM)
+    part = part_of_own(own, bias, at, g, FORM)
+    best = tl.full([FORM.own], float("-inf"), tl.float32)
+    total = tl.zeros([FORM.own], tl.float32)
+    acc = tl.zeros([FORM.own, FORM.block_d], tl.float32)
+    tiles = 1 if FORM.single else stream_length(own, FORM)
     for number in range(tiles):
-        others = stream(number, own, at, MASK, ZERO, STRIP, OTHERS)
-        offset = offset_of(others.y, others.x, strides, y, x)
-        key = load_rows(k + begin, offset, others.inside, HEAD_DIM, BLOCK_D)
-        key_part = part_of_keys(others.y, others.x, bias_columns)
-        logits = scores(
-            query,
-            key,
-            own,
-            others,
-            bias,
-            bias_entries - 1,
-            part,
-            key_part,
-            scale,
-            MASK,
-            STRIP,
-            OTHERS,
-            PRECISION,
-        )
-        value = load_rows(v + begin, offset, others.inside, HEAD_DIM, BLOCK_D)
-        if SINGLE:
+        others = stream(number, own, at, FORM)
+        key = load_pixels(k, at, others, others.valid, g, FORM)
+        logits = scores(query, key, own, others, bias, part, at, scale, g, FORM)
+        value = load_pixels(v, at, others, others.valid, g, FORM)
+        if FORM.single:
             best = tl.max(logits, 1)
             weights = tl.exp2(logits - best[:, None])
             total = tl.sum(weights, 1)
@@ -106,39 +57,20 @@ def forward_kernel(
             total = total * shrink + tl.sum(weights, 1)
             acc = acc * shrink[:, None]
             best = new_best
-        acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=PRECISION)
-
-    row = offset_of(own.y, own.x, rows, y, x)
-    first = base_of(at, rows)
-    store_rows(out + first * HEAD_DIM, row * HEAD_DIM, own.valid, acc / total[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse + first + row, (best + tl.log2(total)) * LN_2, mask=own.valid)
+        acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=FORM.precision)
+    store_vectors(out, at, own, own.valid, acc / total[:, None], g, FORM)
+    tl.store(numbers_of(lse, at, own, g), (best + tl.log2(total)) * LN_2, mask=own.valid)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pattern: Pattern, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, W, heads, d]`, log-sum-exp `[B, H, W, heads]` float32; arguments as in `op.py`."""
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, W, heads, d]` and log-sum-exp `[B, H, W, heads]` float32."""
     q, k, v = equally_strided(q, k, v)
-    bias = None if bias is None else bias.contiguous()
+    pattern, bias = call.pattern, None if call.bias is None else call.bias.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
     tiles, options = choose_tiling(q, bias, pattern, "query")
     if q.shape[0]:
         grid = (tiles.programs * q.shape[0] * q.shape[3],)
-        numbers = {**geometry(q, bias, pattern), "y": tiles.y, "x": tiles.x, **options}
-        forward_kernel[grid](q, k, v, bias, out, lse, scale, **numbers)
+        g = geometry(q, bias, pattern, tiles)
+        forward_kernel[grid](q, k, v, bias, out, lse, call.scale, g, **options)
     return out, lse
-
-
-def geometry(q: Tensor, bias: Tensor | None, pattern: Pattern) -> dict[str, Any]:
-    """What all kernels take of strides and bias; `rows` counts vectors of contiguous maps like `q`."""
-    _, height, width, heads, _ = q.shape
-    is_dense = bias is not None and bias.shape[1:] != pattern.table_shape
-    return {
-        "strides": Strides(*q.stride()[:4]),
-        "rows": Strides(height * width * heads, width * heads, heads, 1),
-        "heads": heads,
-        "bias_entries": 0 if bias is None else bias[0].numel(),
-        "bias_columns": pattern.x.key_window if is_dense else pattern.table_shape[1],
-        "DENSE": is_dense,
-    }

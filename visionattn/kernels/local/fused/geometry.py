@@ -1,10 +1,10 @@
-"""The geometry of `pattern.py` inside the fused kernels: which pixels a program owns and what they see.
+"""The geometry of `pattern.py` inside the fused kernels: pixels that a program owns, and those it streams.
 
-`y` and `x` are `TiledAxis`; positions count steps of an axis's dilation inside one of its groups.
+Positions count steps of an axis's dilation inside one of its groups.
 """
 
 # Inside kernels, constants and shapes follow Triton's rules.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels.local.fused.tiling import Owner, Tiling, tiling
+from visionattn.kernels.local.fused.tiling import Mask, Owner, TiledAxis, Tiling, tiling
 from visionattn.kernels.local.pattern import Pattern
-from visionattn.kernels.triton_rows import LOG2_E, padded_head_dim, precision
+from visionattn.kernels.triton_rows import load_rows, padded_head_dim, precision, store_rows
 
 
 class Strides(NamedTuple):
-    """Of maps `[B, H, W, heads, d]`, in numbers; those of the rows and columns are of pixels."""
+    """The strides of maps `[B, H, W, heads, ...]`, in numbers; `y` and `x` from pixel to pixel."""
 
     b: int
     y: int
@@ -28,326 +28,316 @@ class Strides(NamedTuple):
     h: int
 
 
+class Geometry(NamedTuple):
+    """The numbers that all kernels take.
+
+    Attributes:
+        strides: of q, k and v.
+        rows: of contiguous maps like q, counted in vectors.
+        y: the rows and their tiles.
+        x: the columns and their tiles.
+        heads: attention heads.
+        bias_entries: numbers of the bias of a head.
+        bias_columns: how many entries lie between one row of keys and the next.
+    """
+
+    strides: Strides
+    rows: Strides
+    y: TiledAxis
+    x: TiledAxis
+    heads: int
+    bias_entries: int
+    bias_columns: int
+
+
+class Form(NamedTuple):
+    """The constants that a kernel is compiled for.
+
+    Attributes:
+        head_dim: width of a head.
+        block_d: the power of 2 that it is filled up to.
+        own: slots of an own tile; this and the next three as in `Tiling`.
+        others: slots of a streamed tile.
+        strip: width of a streamed tile.
+        mask: which masks the scores need.
+        single: whether every rectangle is a single streamed tile.
+        zero: whether keys beyond the map are zero keys.
+        of_keys: whether the own tiles are keys, and the others queries.
+        dense: whether the bias is dense.
+        precision: how products of float32 are computed.
+    """
+
+    head_dim: int
+    block_d: int
+    own: int
+    others: int
+    strip: int
+    mask: Mask
+    single: bool
+    zero: bool
+    of_keys: bool
+    dense: bool
+    precision: str
+
+
+class Member(NamedTuple):
+    """A tile along one axis: residue and length of its group, and its number among the tiles of that."""
+
+    residue: Any
+    length: Any
+    tile: Any
+
+
+class Place(NamedTuple):
+    """The place where a program works: image (int64), head, and the tile along both axes."""
+
+    batch: Any
+    head: Any
+    y: Member
+    x: Member
+
+
+class Owned(NamedTuple):
+    """The pixels of an own tile along one axis, one for each slot, and what they stream.
+
+    Slots beyond the tile or the map repeat a pixel inside, so that everything computed from them is ordinary;
+    `valid` is false there. A slot streams pixels from `low` to before `high`; from `start` to before `stop`
+    reaches the rectangle of the tile, from `inner_start` to before `inner_stop` what all its pixels stream.
+    """
+
+    position: Any
+    valid: Any
+    first: Any
+    low: Any
+    high: Any
+    start: Any
+    stop: Any
+    inner_start: Any
+    inner_stop: Any
+
+
+class Tile(NamedTuple):
+    """An own tile: its pixels, which slots are valid, and both axes."""
+
+    y: Any
+    x: Any
+    valid: Any
+    rows: Owned
+    columns: Owned
+
+
+class Streamed(NamedTuple):
+    """A streamed tile: its pixels, its first row and column, and which of its pixels are `valid`: inside the
+    rectangle (`seen`) and no zero keys."""
+
+    y: Any
+    x: Any
+    first_y: Any
+    first_x: Any
+    seen: Any
+    valid: Any
+
+
 @triton.jit
 def floor_div(a, b):
-    """Rounded down, for positive b; Triton's own division rounds towards zero."""
+    """Divide by a positive b and round down; Triton's own division rounds towards zero."""
     return tl.where(a >= 0, a // b, -((b - 1 - a) // b))
 
 
 @triton.jit
 def block_begin(position, axis):
-    """Where the block of a query begins."""
+    """Find where the block of a query begins."""
     return floor_div(position - axis.shift, axis.window) * axis.window + axis.shift
 
 
 @triton.jit
-def run_begin(position, length, axis):
-    """Where the whole run of keys of a query begins, the part beyond the map included."""
+def key_window_begin(position, length, axis):
+    """Find where the key window of a query begins, be it before the map."""
     begin = block_begin(position, axis) - axis.before
-    return tl.minimum(tl.maximum(begin, -axis.loose), length - axis.key_window + axis.loose)
+    if axis.border == "clamp":
+        begin = tl.minimum(tl.maximum(begin, 0), length - axis.key_window)
+    return begin
 
 
 @triton.jit
 def keys_of(position, length, axis):
-    """The first key that a query sees, and the one behind the last."""
-    begin = run_begin(position, length, axis)
-    stop = tl.minimum(begin + axis.key_window, length + axis.beyond)
-    return tl.maximum(begin, -axis.beyond), tl.minimum(stop, position + axis.ahead)
+    """Find the first key that a query sees, and the one behind the last."""
+    begin = key_window_begin(position, length, axis)
+    stop = begin + axis.key_window
+    if axis.border == "mask":
+        begin, stop = tl.maximum(begin, 0), tl.minimum(stop, length)
+    if axis.is_causal:
+        stop = tl.minimum(stop, position + 1)
+    return begin, stop
 
 
 @triton.jit
 def queries_of(position, length, axis):
-    """The first query that sees a key, and the one behind the last: they are contiguous in every pattern."""
+    """Find the first query that sees a key, and the one behind the last: they are always contiguous."""
     reaching = position - axis.shift + axis.before
     start = (floor_div(reaching - axis.key_window, axis.window) + 1) * axis.window + axis.shift
     stop = (floor_div(reaching, axis.window) + 1) * axis.window + axis.shift
-    # Runs that move inwards at the border: the outermost keys are seen from there on.
-    start = tl.where(position < axis.key_window - axis.loose, 0, start)
-    stop = tl.where(position >= length - axis.key_window + axis.loose, length, stop)
-    start = tl.maximum(start, position - axis.ahead + 1)
+    if axis.border == "clamp":
+        # Key windows move inwards at the border: the outermost keys are seen from there on.
+        start = tl.where(position < axis.key_window, 0, start)
+        stop = tl.where(position >= length - axis.key_window, length, stop)
+    if axis.is_causal:
+        start = tl.maximum(start, position)
     return tl.maximum(start, 0), tl.minimum(stop, length)
 
 
-class Place(NamedTuple):
-    """Where a program works: image (int64), head, and of both axes residue and length of the group and the
-    number of the tile in it."""
-
-    batch: Any
-    head: Any
-    residue_y: Any
-    length_y: Any
-    tile_y: Any
-    residue_x: Any
-    length_x: Any
-    tile_x: Any
-
-
-class Tile(NamedTuple):
-    """An own tile: its pixels, and what each of them sees, or is seen by.
-
-    Slots beyond the tile or the map repeat a pixel inside, so that everything computed from them is ordinary;
-    `valid` is false there. From `start` to before `stop` reaches the rectangle of everything that the tile
-    streams, from `inner_start` to before `inner_stop` what all its pixels see.
-    """
-
-    y: Any
-    x: Any
-    y_first: Any
-    x_first: Any
-    valid: Any
-    low_y: Any
-    high_y: Any
-    low_x: Any
-    high_x: Any
-    start_y: Any
-    stop_y: Any
-    start_x: Any
-    stop_x: Any
-    inner_start_y: Any
-    inner_stop_y: Any
-    inner_start_x: Any
-    inner_stop_x: Any
-
-
-class Streamed(NamedTuple):
-    """A streamed tile: its pixels, which of them lie in the rectangle, which of these on the map, and its
-    first row and column."""
-
-    y: Any
-    x: Any
-    seen: Any
-    inside: Any
-    first_y: Any
-    first_x: Any
-
-
 @triton.jit
-def place(program, heads, y, x):
+def place(program, g):
     """Decode the number of a program; the heads of a tile are neighbours, so that they share the cache."""
-    tiles_y, tiles_x = y.tiles * y.dilation, x.tiles * x.dilation
-    tile = program // heads
+    tiles_y, tiles_x = g.y.tiles * g.y.dilation, g.x.tiles * g.x.dilation
+    tile = program // g.heads
     batch = (tile // (tiles_x * tiles_y)).to(tl.int64)
-    return placed(batch, program % heads, tile // tiles_x % tiles_y, tile % tiles_x, y, x)
+    return placed(batch, program % g.heads, tile // tiles_x % tiles_y, tile % tiles_x, g)
 
 
 @triton.jit
-def placed(batch, head, tile_y, tile_x, y, x):
-    """The place of a tile by its numbers among those of all groups of an axis."""
-    residue_y, length_y, tile_y = group_of(tile_y, y)
-    residue_x, length_x, tile_x = group_of(tile_x, x)
-    return Place(batch, head, residue_y, length_y, tile_y, residue_x, length_x, tile_x)
+def placed(batch, head, tile_y, tile_x, g):
+    """Give the place of a tile by its numbers among those of all groups of an axis."""
+    return Place(batch, head, member(tile_y, g.y), member(tile_x, g.x))
 
 
 @triton.jit
-def group_of(number, axis):
-    """Residue and length of the group of a tile, and the number of the tile in its group."""
+def member(number, axis):
+    """Find a tile in its group by its number among those of all groups."""
     residue = number // axis.tiles
-    return residue, (axis.length - residue + axis.dilation - 1) // axis.dilation, number % axis.tiles
+    length = (axis.length - residue + axis.dilation - 1) // axis.dilation
+    return Member(residue, length, number % axis.tiles)
 
 
 @triton.jit
-def base_of(place, strides):
-    """The offset (int64) of the first pixel of a group."""
-    begin = place.batch * strides.b + place.head * strides.h
-    return begin + place.residue_y * strides.y + place.residue_x * strides.x
+def base_of(at, strides):
+    """Compute the offset (int64) of the first pixel of a group."""
+    begin = at.batch * strides.b + at.head * strides.h
+    return begin + at.y.residue * strides.y + at.x.residue * strides.x
 
 
 @triton.jit
-def offset_of(position_y, position_x, strides, y, x):
-    """The offsets of pixels of a group from its first."""
-    return position_y * (y.dilation * strides.y) + position_x * (x.dilation * strides.x)
+def offset_of(pixels, strides, g):
+    """Compute the offsets of the pixels of a tile from the first of their group."""
+    return pixels.y * (g.y.dilation * strides.y) + pixels.x * (g.x.dilation * strides.x)
 
 
 @triton.jit
-def span_of(tile, axis):
-    """Where the span of a tile begins."""
-    return axis.first + tile // axis.parts * axis.span
+def load_pixels(maps, at, pixels, valid, g, FORM: tl.constexpr):
+    """Read the vectors of a tile from q, k or v."""
+    offset = offset_of(pixels, g.strides, g)
+    return load_rows(maps + base_of(at, g.strides), offset, valid, FORM.head_dim, FORM.block_d)
 
 
 @triton.jit
-def owned(tile, slot, length, axis):
-    """Positions and validity of the slots of a tile along one axis, and the first and the last position."""
-    span = span_of(tile, axis)
-    begin = span + tile % axis.parts * axis.tile
-    stop = tl.minimum(tl.minimum(begin + axis.tile, span + axis.span), length)
-    last = tl.maximum(stop - 1, 0)
-    first = tl.minimum(tl.maximum(begin, 0), last)
-    position = tl.minimum(tl.maximum(begin + slot, first), last)
-    return position, (begin + slot == position) & (position < stop), first, last
+def load_vectors(maps, at, pixels, valid, g, FORM: tl.constexpr):
+    """Read the vectors of a tile from a contiguous map like q."""
+    first, row = base_of(at, g.rows) * FORM.head_dim, offset_of(pixels, g.rows, g) * FORM.head_dim
+    return load_rows(maps + first, row, valid, FORM.head_dim, FORM.block_d)
 
 
 @triton.jit
-def bounds_of(position, length, axis, OF_KEYS: tl.constexpr):
-    """What a pixel streams: a query its keys, a key its queries."""
-    if OF_KEYS:
+def store_vectors(maps, at, pixels, valid, vectors, g, FORM: tl.constexpr):
+    """Write what `load_vectors` reads."""
+    first, row = base_of(at, g.rows) * FORM.head_dim, offset_of(pixels, g.rows, g) * FORM.head_dim
+    store_rows(maps + first, row, valid, vectors, FORM.head_dim, FORM.block_d)
+
+
+@triton.jit
+def numbers_of(maps, at, pixels, g):
+    """Point at the numbers of a tile in a contiguous map of one number for each vector of q."""
+    return maps + base_of(at, g.rows) + offset_of(pixels, g.rows, g)
+
+
+@triton.jit
+def cell_begin(tile, axis):
+    """Find where the cell of a tile begins."""
+    return axis.first + tile // axis.parts * axis.cell
+
+
+@triton.jit
+def streamed_by(position, length, axis, FORM: tl.constexpr):
+    """Find the first pixel that a pixel streams, and the one behind the last."""
+    if FORM.of_keys:
         return queries_of(position, length, axis)
     return keys_of(position, length, axis)
 
 
 @triton.jit
-def own_tile(place, y, x, OF_KEYS: tl.constexpr, OWN: tl.constexpr):
-    """The tile of a program."""
-    slot = tl.arange(0, OWN)
-    own_y, valid_y, first_y, last_y = owned(place.tile_y, slot // x.tile, place.length_y, y)
-    own_x, valid_x, first_x, last_x = owned(place.tile_x, slot % x.tile, place.length_x, x)
-    low_y, high_y = bounds_of(own_y, place.length_y, y, OF_KEYS)
-    low_x, high_x = bounds_of(own_x, place.length_x, x, OF_KEYS)
+def owned(slot, group, axis, FORM: tl.constexpr):
+    """Find the pixels of an own tile along one axis."""
+    cell = cell_begin(group.tile, axis)
+    begin = cell + group.tile % axis.parts * axis.tile
+    end = tl.minimum(tl.minimum(begin + axis.tile, cell + axis.cell), group.length)
+    last = tl.maximum(end - 1, 0)
+    first = tl.minimum(tl.maximum(begin, 0), last)
+    position = tl.minimum(tl.maximum(begin + slot, first), last)
+    valid = (begin + slot == position) & (position < end)
+    low, high = streamed_by(position, group.length, axis, FORM)
     # Both bounds grow with the position.
-    start_y, inner_stop_y = bounds_of(first_y, place.length_y, y, OF_KEYS)
-    start_x, inner_stop_x = bounds_of(first_x, place.length_x, x, OF_KEYS)
-    inner_start_y, stop_y = bounds_of(last_y, place.length_y, y, OF_KEYS)
-    inner_start_x, stop_x = bounds_of(last_x, place.length_x, x, OF_KEYS)
-    return Tile(
-        own_y,
-        own_x,
-        first_y,
-        first_x,
-        valid_y & valid_x,
-        low_y,
-        high_y,
-        low_x,
-        high_x,
-        start_y,
-        stop_y,
-        start_x,
-        stop_x,
-        inner_start_y,
-        inner_stop_y,
-        inner_start_x,
-        inner_stop_x,
-    )
+    start, inner_stop = streamed_by(first, group.length, axis, FORM)
+    inner_start, stop = streamed_by(last, group.length, axis, FORM)
+    return Owned(position, valid, first, low, high, start, stop, inner_start, inner_stop)
 
 
 @triton.jit
-def stream_length(own, STRIP: tl.constexpr, OTHERS: tl.constexpr):
-    """How many tiles the rectangle of an own tile has."""
-    wide = tl.cdiv(own.stop_x - own.start_x, STRIP)
-    return tl.cdiv(own.stop_y - own.start_y, OTHERS // STRIP) * wide
+def own_tile(at, g, FORM: tl.constexpr):
+    """Find the own tile of a program."""
+    slot = tl.arange(0, FORM.own)
+    rows, columns = owned(slot // g.x.tile, at.y, g.y, FORM), owned(slot % g.x.tile, at.x, g.x, FORM)
+    return Tile(rows.position, columns.position, rows.valid & columns.valid, rows, columns)
 
 
 @triton.jit
-def stream(
-    number, own, place, MASK: tl.constexpr, ZERO: tl.constexpr, STRIP: tl.constexpr, OTHERS: tl.constexpr
-):
-    """A tile of the rectangle of an own tile."""
-    wide = tl.cdiv(own.stop_x - own.start_x, STRIP)
-    first_y = own.start_y + number // wide * (OTHERS // STRIP)
-    first_x = own.start_x + number % wide * STRIP
-    slot = tl.arange(0, OTHERS)
-    y, x = first_y + slot // STRIP, first_x + slot % STRIP
-    seen = tl.full([OTHERS], 1, tl.int1) if MASK == "none" else (y < own.stop_y) & (x < own.stop_x)
-    inside = seen & on_map(y, x, place) if ZERO else seen
-    return Streamed(y, x, seen, inside, first_y, first_x)
+def stream_length(own, FORM: tl.constexpr):
+    """Count the tiles of the rectangle of an own tile."""
+    wide = tl.cdiv(own.columns.stop - own.columns.start, FORM.strip)
+    return tl.cdiv(own.rows.stop - own.rows.start, FORM.others // FORM.strip) * wide
 
 
 @triton.jit
-def on_map(y, x, place):
-    """Which pixels are no zero keys."""
-    return (y >= 0) & (y < place.length_y) & (x >= 0) & (x < place.length_x)
-
-
-@triton.jit
-def anchored(
-    chunk_y, chunk_x, own, place, y, x, start, DENSE: tl.constexpr, STRIP: tl.constexpr, OTHERS: tl.constexpr
-):
-    """A tile of keys whose places in the bias are the same for all own tiles of the same part of a span.
-
-    A table is about places relative to the query, a dense bias about places in the run of keys; in both, the
-    `chunk_y`, `chunk_x`-th tile of keys from `start` behind the beginning of the span, or of the run.
-    """
-    if DENSE:
-        begin_y = run_begin(own.y_first, place.length_y, y)
-        begin_x = run_begin(own.x_first, place.length_x, x)
+def stream(number, own, at, FORM: tl.constexpr):
+    """Find a tile of the rectangle of an own tile."""
+    wide = tl.cdiv(own.columns.stop - own.columns.start, FORM.strip)
+    first_y = own.rows.start + number // wide * (FORM.others // FORM.strip)
+    first_x = own.columns.start + number % wide * FORM.strip
+    slot = tl.arange(0, FORM.others)
+    y, x = first_y + slot // FORM.strip, first_x + slot % FORM.strip
+    if FORM.mask == "none":
+        seen = tl.full([FORM.others], 1, tl.int1)
     else:
-        begin_y, begin_x = span_of(place.tile_y, y), span_of(place.tile_x, x)
-    first_y = begin_y + start[0] + chunk_y * (OTHERS // STRIP)
-    first_x = begin_x + start[1] + chunk_x * STRIP
-    slot = tl.arange(0, OTHERS)
-    key_y, key_x = first_y + slot // STRIP, first_x + slot % STRIP
-    seen = (key_y >= own.start_y) & (key_y < own.stop_y) & (key_x >= own.start_x) & (key_x < own.stop_x)
-    return Streamed(key_y, key_x, seen, seen & on_map(key_y, key_x, place), first_y, first_x)
+        seen = (y < own.rows.stop) & (x < own.columns.stop)
+    valid = seen
+    if FORM.zero and not FORM.of_keys:
+        valid = seen & on_map(y, x, at)
+    return Streamed(y, x, first_y, first_x, seen, valid)
 
 
 @triton.jit
-def part_of_keys(key_y, key_x, columns):
-    """What a key adds to the place of a pair in a bias, be it a table or dense: both are rows of keys."""
-    return key_y * columns + key_x
+def on_map(y, x, at):
+    """Tell the pixels of the map from zero keys."""
+    return (y >= 0) & (y < at.y.length) & (x >= 0) & (x < at.x.length)
 
 
 @triton.jit
-def part_of_queries(query_y, query_x, place, y, x, columns, DENSE: tl.constexpr):
-    """What a query adds to the place of a pair in a bias."""
-    if DENSE:
-        row = (query_y - block_begin(query_y, y)) * x.window + query_x - block_begin(query_x, x)
-        origin = run_begin(query_y, place.length_y, y) * columns + run_begin(query_x, place.length_x, x)
-        return row * (y.key_window * x.key_window) - origin
-    return (y.reach - query_y) * columns + x.reach - query_x
+def anchored(number_y, number_x, own, at, start, g, FORM: tl.constexpr):
+    """Find a tile of keys that meets the same entries of the bias in all cells.
 
-
-@triton.jit
-def biased(logits, bias, own_part, others_part):
-    """Logits of pairs that all see each other, with their bias."""
-    if bias is not None:
-        entry = tl.load(bias + own_part[:, None] + others_part[None, :])
-        logits += entry.to(tl.float32) * LOG2_E
-    return logits
-
-
-@triton.jit
-def masked(logits, bias, last_entry, own_part, others_part, visible):
-    """Logits with their bias, -inf where not visible."""
-    if bias is not None:
-        # Pairs that are not visible read any entry: keeping the place inside the bias takes far fewer
-        # registers than a mask in the layout of the load.
-        entry = tl.minimum(tl.maximum(own_part[:, None] + others_part[None, :], 0), last_entry)
-        logits += tl.load(bias + entry).to(tl.float32) * LOG2_E
-    return tl.where(visible, logits, float("-inf"))
-
-
-@triton.jit
-def visible_pairs(own, others):
-    """Which pairs of an own and a streamed tile see each other."""
-    visible = (own.low_y[:, None] <= others.y[None, :]) & (others.y[None, :] < own.high_y[:, None])
-    return visible & (own.low_x[:, None] <= others.x[None, :]) & (others.x[None, :] < own.high_x[:, None])
-
-
-@triton.jit
-def scores(
-    own_rows,
-    other_rows,
-    own,
-    others,
-    bias,
-    last_entry,
-    own_part,
-    others_part,
-    scale,
-    MASK: tl.constexpr,
-    STRIP: tl.constexpr,
-    OTHERS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Base-2 logits `[own, others]` of queries and keys, -inf for pairs that do not see each other.
-
-    `bias` is None or that of the head, up to `last_entry`; `own_part` and `others_part` add up to the entry
-    of a pair.
+    A table is about distances from the query, a dense bias about places in the key window. So, from `start`
+    behind the beginning of the cell, or of the key window, it is the `number_y`, `number_x`-th tile of keys.
     """
-    logits = tl.dot(own_rows, tl.trans(other_rows), input_precision=PRECISION) * (scale * LOG2_E)
-    if MASK == "none":
-        logits = biased(logits, bias, own_part, others_part)
-    elif MASK == "rectangle":
-        logits = masked(logits, bias, last_entry, own_part, others_part, others.seen[None, :])
-    elif MASK == "pairs":
-        logits = masked(logits, bias, last_entry, own_part, others_part, visible_pairs(own, others))
+    if FORM.dense:
+        begin_y = key_window_begin(own.rows.first, at.y.length, g.y)
+        begin_x = key_window_begin(own.columns.first, at.x.length, g.x)
     else:
-        whole = (others.first_y >= own.inner_start_y) & (others.first_x >= own.inner_start_x)
-        whole &= others.first_y + OTHERS // STRIP <= own.inner_stop_y
-        whole &= others.first_x + STRIP <= own.inner_stop_x
-        if whole:
-            logits = biased(logits, bias, own_part, others_part)
-        else:
-            logits = masked(logits, bias, last_entry, own_part, others_part, visible_pairs(own, others))
-    return logits
+        begin_y, begin_x = cell_begin(at.y.tile, g.y), cell_begin(at.x.tile, g.x)
+    first_y = begin_y + start[0] + number_y * (FORM.others // FORM.strip)
+    first_x = begin_x + start[1] + number_x * FORM.strip
+    slot = tl.arange(0, FORM.others)
+    y, x = first_y + slot // FORM.strip, first_x + slot % FORM.strip
+    seen = (y >= own.rows.start) & (y < own.rows.stop)
+    seen = seen & (x >= own.columns.start) & (x < own.columns.stop)
+    return Streamed(y, x, first_y, first_x, seen, seen & on_map(y, x, at))
 
 
 def choose_tiling(
@@ -360,15 +350,15 @@ def choose_tiling(
     most_own: int = 64,
     most_others: int = 64,
 ) -> tuple[Tiling, dict[str, Any]]:
-    """The tiling for these shapes, and constants and options to launch a kernel with.
+    """Choose the tiling for these shapes, and the constants and options to launch a kernel with.
 
     Chosen so that the compiled kernels keep their numbers in registers; the tests assert it.
     """
     dim = padded_head_dim(q)
-    single = q.dtype == torch.float32
-    wide, widest = single or dim > 64, dim > 128
+    is_float32 = q.dtype == torch.float32
+    wide, widest = is_float32 or dim > 64, dim > 128
     # Products in float32 do not run on matrix units and take registers for their operands.
-    most_own = 32 if widest or single else most_own
+    most_own = 32 if widest or is_float32 else most_own
     most_others = 16 if widest else 32 if wide else most_others
     tiles = tiling(pattern, owner, most_own, most_others, in_block)
     gathers = bias is not None and not tiles.single
@@ -376,18 +366,38 @@ def choose_tiling(
         # Every score gathers an entry, whose address takes two registers.
         tiles = tiling(pattern, owner, most_own, min(most_others, 32), in_block)
     num_warps = (2 if tiles.own < 64 else 4) * (2 if wide and not hip else 1)
-    if widest or (single and dim > 32) or (owner == "key" and gathers and 32 < dim <= 64 and not hip):
+    if widest or (is_float32 and dim > 32) or (owner == "key" and gathers and 32 < dim <= 64 and not hip):
         num_warps *= 2
-    return tiles, {
-        "HEAD_DIM": q.shape[4],
-        "BLOCK_D": dim,
-        "OWN": tiles.own,
-        "OTHERS": tiles.others,
-        "STRIP": tiles.strip,
-        "MASK": tiles.mask,
-        "SINGLE": tiles.single,
-        "ZERO": "zero" in (pattern.y.border, pattern.x.border),
-        "PRECISION": precision(q),
-        "num_warps": num_warps,
-        "num_stages": 1 if wide else 2,
-    }
+    form = Form(
+        q.shape[4],
+        dim,
+        tiles.own,
+        tiles.others,
+        tiles.strip,
+        tiles.mask,
+        tiles.single,
+        zero="zero" in (pattern.y.border, pattern.x.border),
+        of_keys=owner == "key",
+        dense=bias is not None and not pattern.is_table(bias),
+        precision=precision(q),
+    )
+    return tiles, {"FORM": form, "num_warps": num_warps, "num_stages": 1 if wide else 2}
+
+
+def geometry(q: Tensor, bias: Tensor | None, pattern: Pattern, tiles: Tiling) -> Geometry:
+    """Collect the numbers that all kernels take; words among them are constants for Triton."""
+    _, height, width, heads, _ = q.shape
+    y, x = (
+        axis._replace(border=tl.constexpr(axis.border), is_causal=tl.constexpr(axis.is_causal))
+        for axis in (tiles.y, tiles.x)
+    )
+    is_table = bias is None or pattern.is_table(bias)
+    return Geometry(
+        Strides(*q.stride()[:4]),
+        Strides(height * width * heads, width * heads, heads, 1),
+        y,
+        x,
+        heads,
+        0 if bias is None else bias[0].numel(),
+        pattern.table_shape[1] if is_table else pattern.x.key_window,
+    )

@@ -1,7 +1,7 @@
 """How the fused kernels cut a local pattern into tiles, decided on the host from the geometry alone.
 
-A program *owns* a tile of queries (or, for the gradients of keys, of keys) and streams tiles of the *others*:
-the rectangle that the tile's own pixels see, or are seen by, in floating tiles that begin at its corner.
+A program *owns* a tile of queries, or, for the gradients of keys, of keys. It *streams* the rectangle of all
+pixels that its own see, or are seen by, in tiles of *others* that begin at the corner of the rectangle.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from functools import lru_cache
 from itertools import product
 from typing import Literal, NamedTuple
 
-from visionattn.kernels.local.pattern import Axis, Pattern
+from visionattn.kernels.local.pattern import Axis, Border, Pattern
 
 Owner = Literal["query", "key"]
-# Farther than any pixel, and small enough for sums of two in 32 bits.
-FAR = 2**29
 # The work of a pair of tiles is taken as (own + 64) * (others + 32) instead of own * others: a streamed tile
 # has to be read however few pixels use it (and Hopper's matrix instructions compute with 64), and every step
 # has its addresses. Otherwise tiny tiles would always win, because they waste the fewest scores.
@@ -25,12 +23,11 @@ _PER_OTHER, _PER_OWN = 64, 32
 
 
 class TiledAxis(NamedTuple):
-    """An axis and its tiles, as numbers for a kernel; lengths and places in steps of `dilation` pixels.
+    """An axis and its own tiles, for a kernel; lengths and places in steps of `dilation` pixels.
 
-    `length` alone counts pixels. `loose` is 0 where runs of keys stay whole inside the map and `FAR` where
-    they do not; `beyond` is `FAR` where keys beyond the map are zero keys and 0 otherwise; `ahead` is 1 if
-    causal and `FAR` otherwise. Tiles begin at `first`; each `span` (a block, or several) has `parts` of them
-    of at most `tile`; a group of the axis has `tiles`.
+    The first nine are those of `Axis`; of these `length` alone counts pixels. A `cell`, one block or several,
+    is cut into `parts` tiles of at most `tile` pixels. The first cell of a group begins at `first`, and the
+    group has `tiles` tiles.
     """
 
     length: int
@@ -39,21 +36,20 @@ class TiledAxis(NamedTuple):
     key_window: int
     before: int
     shift: int
-    loose: int
-    beyond: int
-    ahead: int
+    border: Border
+    is_causal: bool
     reach: int
     first: int
     tile: int
-    span: int
+    cell: int
     parts: int
     tiles: int
 
 
 class Extent(NamedTuple):
-    """What one tile streams along one axis: `others` pixels, the inner `inner` of which all its own see.
+    """The pixels that one tile streams along one axis: `others`, the inner `inner` of which all its own see.
 
-    The first of them lies `start` behind the beginning of the tile's span; `closed` says that they are the
+    The first of them lies `start` behind the beginning of the tile's cell; `closed` says that they are the
     tile's own.
     """
 
@@ -63,8 +59,8 @@ class Extent(NamedTuple):
     closed: bool
 
 
-# Which masks a pair of tiles needs: none; one for what lies beyond the rectangle; one for every pair; one for
-# every pair unless all pairs of the tiles see each other.
+# The mask that the scores of two tiles need: none; one for others beyond the rectangle; one for each pair of
+# pixels; that of "pairs" for some tiles only, because in others all pairs of pixels see each other.
 Mask = Literal["none", "rectangle", "pairs", "some"]
 
 
@@ -81,8 +77,8 @@ class Tiling:
         mask: which masks the scores need.
         single: whether everything that any tile streams fits into one streamed tile.
         closed: whether all tiles stream their own pixels, so that nothing crosses from one to another.
-        start: behind the beginning of a span, the first row and column that anything in it streams.
-        stop: likewise one behind the last.
+        start: the first row and column that any tile of a cell streams, from the beginning of the cell.
+        stop: the row and the column behind the last, likewise.
     """
 
     y: TiledAxis
@@ -103,7 +99,7 @@ class Tiling:
 
     @property
     def parts(self) -> int:
-        """Own tiles of a span of both axes."""
+        """Own tiles of a cell of both axes."""
         return self.y.parts * self.x.parts
 
 
@@ -156,7 +152,7 @@ def _powers(low: int, high: int) -> list[int]:
 
 
 def _sides(axis: Axis, most: int, in_block: bool) -> list[int]:
-    """Sensible sides of an own tile: parts of a block, a block, several blocks."""
+    """List sensible sides of an own tile: parts of a block, a block, several blocks."""
     longest = axis.groups()[0].axis.length
     sides = [n for n in _powers(1, most) if n < axis.window]
     sides += [axis.window * n for n in (1, *([] if in_block else _powers(2, most)))]
@@ -166,9 +162,8 @@ def _sides(axis: Axis, most: int, in_block: bool) -> list[int]:
 
 def _tiled(axis: Axis, tile: int) -> TiledAxis:
     longest = axis.groups()[0].axis
-    pixels = longest.length - longest.first_block
-    span = max(tile, axis.window)
-    parts = -(-min(span, pixels) // tile)
+    pixels, cell = longest.length - longest.first_block, max(tile, axis.window)
+    parts = -(-min(cell, pixels) // tile)
     return TiledAxis(
         axis.length,
         axis.dilation,
@@ -176,25 +171,24 @@ def _tiled(axis: Axis, tile: int) -> TiledAxis:
         axis.key_window,
         axis.before,
         axis.shift,
-        loose=0 if axis.border == "clamp" else FAR,
-        beyond=FAR if axis.border == "zero" else 0,
-        ahead=1 if axis.is_causal else FAR,
-        reach=axis.reach,
-        first=longest.first_block,
-        tile=tile,
-        span=span,
-        parts=parts,
-        tiles=-(-pixels // span) * parts,
+        axis.border,
+        axis.is_causal,
+        axis.reach,
+        longest.first_block,
+        tile,
+        cell,
+        parts,
+        -(-pixels // cell) * parts,
     )
 
 
 @lru_cache(maxsize=4096)
 def _extents(axis: Axis, owner: Owner, tile: int) -> Counter[Extent]:
-    """What the tiles of an axis stream, and how many tiles stream it."""
+    """Count the tiles of an axis that stream equal extents."""
     extents: Counter[Extent] = Counter()
     for group in axis.groups():
         ranges = _ranges(group.axis, owner)
-        for begin, start, stop in _tiles(axis, group.axis.length, tile):
+        for begin, start, stop in _own_tiles(axis, group.axis.length, tile):
             low, high = ranges[start][0], ranges[stop - 1][1]
             inner = max(ranges[start][1] - ranges[stop - 1][0], 0)
             closed = (low, high) == (start, stop)
@@ -202,20 +196,20 @@ def _extents(axis: Axis, owner: Owner, tile: int) -> Counter[Extent]:
     return extents
 
 
-def _tiles(axis: Axis, length: int, tile: int) -> Iterator[tuple[int, int, int]]:
-    """Beginning of the span, first pixel and one behind the last of every tile of a group."""
+def _own_tiles(axis: Axis, length: int, tile: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the beginning of its cell, the first pixel and the one behind the last for each tile."""
     tiled = _tiled(axis, tile)
     for number in range(tiled.tiles):
-        begin = tiled.first + number // tiled.parts * tiled.span
+        begin = tiled.first + number // tiled.parts * tiled.cell
         first = begin + number % tiled.parts * tile
-        start, stop = max(first, 0), min(first + tile, begin + tiled.span, length)
+        start, stop = max(first, 0), min(first + tile, begin + tiled.cell, length)
         if start < stop:
             yield begin, start, stop
 
 
 @lru_cache(maxsize=1024)
 def _ranges(axis: Axis, owner: Owner) -> list[tuple[int, int]]:
-    """For every pixel of an undilated axis what it streams, zero keys not counted."""
+    """List, for every pixel of an undilated axis, the range that it streams; zero keys are not counted."""
     before, _ = axis.key_padding
     if owner == "key":
         return axis.query_ranges()[before : before + axis.length]
@@ -224,7 +218,7 @@ def _ranges(axis: Axis, owner: Owner) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=16384)
 def _visits(axis: Axis, owner: Owner, tile: int, others: int) -> int:
-    """Pairs of an own and a streamed tile along one axis."""
+    """Count the pairs of an own and a streamed tile along one axis."""
     return sum(count * -(-extent.others // others) for extent, count in _extents(axis, owner, tile).items())
 
 

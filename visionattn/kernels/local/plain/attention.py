@@ -1,59 +1,80 @@
-"""Local attention in fast plain PyTorch.
+"""Local attention in plain PyTorch.
 
 On a CPU the tiles are worked off in chunks that stay in the cache, forward and backward; training keeps
-nothing but the inputs and the weights of small windows. On other devices, in compiled programs and for
-derivatives of higher order they are computed all at once.
+nothing but the inputs and the weights of small windows. On other devices, in traced programs and for
+derivatives of higher order all tiles of equal geometry are one batch, and PyTorch differentiates them.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from visionattn.kernels.dense.plain.attention import attend, attend_lse
-from visionattn.kernels.local.pattern import Pattern
+from visionattn.kernels.local.pattern import Call, Pattern
 from visionattn.kernels.local.plain.backward import attention_weights, local_attention_backward
+from visionattn.kernels.local.plain.bias import chunk_biases, run_biases
 from visionattn.kernels.local.plain.chunks import (
     INFERENCE,
     TRAINING,
     as_matrices,
     as_tiles,
-    band_biases,
-    bands,
     chunks,
     has_small_tiles,
     key_tiles,
     query_tiles,
+    rows_and_columns,
 )
-from visionattn.kernels.local.plain.tiles import attention_of_tiles, by_groups, pad_keys
+from visionattn.kernels.local.plain.groups import by_groups
+from visionattn.kernels.local.plain.tiles import laid_out, pad_keys, rectangles, tile_runs, whole_maps
 from visionattn.kernels.local.plain.uniform import can_be_uniform, uniform_attention
 from visionattn.kernels.precision import without_autocast
 
 
-def tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    bias: Tensor | None,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Output and, if asked for, log-sum-exp; maps as in `op.py`."""
+    pattern, bias, _, return_lse = call
     if any(isinstance(side, torch.SymInt) for side in q.shape[1:3]) and can_be_uniform(pattern, bias):
-        return uniform_attention(q, k, v, pattern, bias, scale, return_lse)
+        return uniform_attention(q, k, v, call)
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return attention_of_tiles(q, k, v, pattern, bias, scale, return_lse)
+        return attention_of_tiles(q, k, v, call)
     is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     is_transformed = torch._C._are_functorch_transforms_active()
     is_dilated = pattern.y.dilation > 1 or pattern.x.dilation > 1
     keeps = is_recorded and not (is_transformed or is_dilated or return_lse) and has_small_tiles(pattern, q)
     # What records a call for autograd costs as much as the attention of a small map.
     attention = _Chunked.apply if is_recorded or is_transformed else _Chunked.forward
-    out, *lse = attention(q, k, v, bias, pattern, scale, return_lse, [] if keeps else None)
+    out, *lse = attention(q, k, v, bias, call._replace(bias=None), [] if keeps else None)
     return out, lse[0] if lse else None
+
+
+def attention_of_tiles(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """`tiled_attention` with all tiles of a run at once, in operations that PyTorch can differentiate."""
+    k, v = pad_keys(k, call.pattern), pad_keys(v, call.pattern)
+
+    def attend_group(group: Pattern, *maps: Tensor) -> tuple[Tensor, ...]:
+        return _attend_tiles(call._replace(pattern=group), *maps)
+
+    out, *lse = by_groups(call.pattern, (q, k, v), attend_group)
+    return out, lse[0].squeeze(-1) if lse else None
+
+
+def _attend_tiles(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`."""
+    rows, columns = tile_runs(call.pattern)
+    queries = rectangles(q, rows, columns, "query")
+    keys, values = (rectangles(x, rows, columns, "key") for x in (k, v))
+    biases = run_biases(call.bias, call.pattern, rows, columns, q.dtype, q.device)
+    attend_tile = attend_lse if call.return_lse else attend
+    outs = []
+    for (y, x), query, key, value, bias in zip(product(rows, columns), queries, keys, values, biases):
+        results = attend_tile(query, key, value, bias, call.scale)
+        results = results if isinstance(results, tuple) else (results,)
+        outs.append(tuple(laid_out(t if t.dim() == 4 else t[..., None], q.shape[0], y, x) for t in results))
+    return whole_maps(outs, len(columns))
 
 
 class _Chunked(torch.autograd.Function):
@@ -64,27 +85,20 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        pattern: Pattern,
-        scale: float,
-        return_lse: bool,
-        kept: list[Tensor] | None,
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call, kept: list[Tensor] | None
     ) -> tuple[Tensor, ...]:
-        k, v = (pad_keys(x, pattern) for x in (k, v))
+        k, v = (pad_keys(x, call.pattern) for x in (k, v))
 
         def attend_group(group: Pattern, *maps: Tensor) -> tuple[Tensor, ...]:
-            return _attend_chunks(group, bias, scale, return_lse, kept, *maps)
+            return _attend_chunks(call._replace(pattern=group, bias=bias), kept, *maps)
 
         with without_autocast(q):
-            out, *lse = by_groups(pattern, (q, k, v), attend_group)
+            out, *lse = by_groups(call.pattern, (q, k, v), attend_group)
         return (out, lse[0].squeeze(-1)) if lse else (out,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.pattern, ctx.scale, ctx.return_lse, kept = inputs
+        *tensors, ctx.call, kept = inputs
         ctx.save_for_backward(*tensors, *(kept or ()))
         ctx.set_materialize_grads(False)
 
@@ -92,14 +106,13 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, bias, *kept = ctx.saved_tensors
         grad = torch.zeros_like(q) if grads[0] is None else grads[0]
-        grad_lse = grads[1] if ctx.return_lse else None
-        wanted = ctx.needs_input_grad[:4]
-        args = grad, grad_lse, q, k, v, ctx.pattern, bias, ctx.scale
+        grad_lse = grads[1] if ctx.call.return_lse else None
+        wanted, call = ctx.needs_input_grad[:4], ctx.call._replace(bias=bias)
         if torch.is_grad_enabled():
-            results = _differentiable_gradients(*args)
+            results = _differentiable_gradients(grad, grad_lse, q, k, v, call)
         else:
-            results = local_attention_backward(*args, wanted[3], kept)
-        return *(result if want else None for result, want in zip(results, wanted)), *(None,) * 4
+            results = local_attention_backward(grad, grad_lse, q, k, v, call, wanted[3], kept)
+        return *(result if want else None for result, want in zip(results, wanted)), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
@@ -120,19 +133,13 @@ class _Chunked(torch.autograd.Function):
 
 
 def _attend_chunks(
-    pattern: Pattern,
-    bias: Tensor | None,
-    scale: float,
-    return_lse: bool,
-    kept: list[Tensor] | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    call: Call, kept: list[Tensor] | None, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, ...]:
-    """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`.
+    """`_attend_tiles`, chunk by chunk.
 
     The weights `[n * heads, nq, nk]` of every chunk are put into `kept`, unless it is None.
     """
+    pattern, bias, scale, return_lse = call
     wide = torch.promote_types(q.dtype, torch.float32)
     small = not return_lse and has_small_tiles(pattern, q)
     dtype = wide if small else q.dtype
@@ -140,11 +147,14 @@ def _attend_chunks(
     if return_lse:
         outs.append(q.new_empty((*q.shape[:4], 1), dtype=wide))
     attend_chunk = attend_lse if return_lse else attend
-    rows, columns = bands(pattern, q.shape[3])
-    for band in columns:
-        for y, bias_of_y in zip(rows, band_biases(bias, pattern, rows, band, q)):
-            for chunk in chunks(q.shape, y, band, INFERENCE if kept is None else TRAINING):
-                tiles = [query_tiles(q, chunk, y, band), *(key_tiles(x, chunk, y, band) for x in (k, v))]
+    rows, all_columns = rows_and_columns(pattern, q.shape[3])
+    for columns in all_columns:
+        for y, bias_of_y in zip(rows, chunk_biases(bias, pattern, rows, columns, q)):
+            for chunk in chunks(q.shape, y, columns, INFERENCE if kept is None else TRAINING):
+                tiles = [
+                    query_tiles(q, chunk, y, columns),
+                    *(key_tiles(x, chunk, y, columns) for x in (k, v)),
+                ]
                 query, key, value = (as_matrices(x, dtype) for x in tiles)
                 if small:
                     weights = attention_weights(query, key, bias_of_y, scale)
@@ -155,24 +165,17 @@ def _attend_chunks(
                     query, key, value = (x.unflatten(0, (-1, q.shape[3])) for x in (query, key, value))
                     results = attend_chunk(query, key, value, bias_of_y, scale)
                 for out, result in zip(outs, results if isinstance(results, tuple) else (results,)):
-                    target = query_tiles(out, chunk, y, band)
+                    target = query_tiles(out, chunk, y, columns)
                     target.copy_(as_tiles(result, target.shape))
     return tuple(outs)
 
 
 def _differentiable_gradients(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    bias: Tensor | None,
-    scale: float,
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: Call
 ) -> tuple[Tensor | None, ...]:
     """`local_attention_backward` in operations that can be differentiated again."""
-    out, lse = attention_of_tiles(q, k, v, pattern, bias, scale, grad_lse is not None)
+    out, lse = attention_of_tiles(q, k, v, call._replace(return_lse=grad_lse is not None))
     outs, weights = ([out], [grad]) if lse is None else ([out, lse], [grad, grad_lse])
-    inputs = [x for x in (q, k, v, bias) if x is not None and x.requires_grad]
+    inputs = [x for x in (q, k, v, call.bias) if x is not None and x.requires_grad]
     grads = iter(torch.autograd.grad(outs, inputs, weights, create_graph=True))
-    return tuple(None if x is None or not x.requires_grad else next(grads) for x in (q, k, v, bias))
+    return tuple(None if x is None or not x.requires_grad else next(grads) for x in (q, k, v, call.bias))

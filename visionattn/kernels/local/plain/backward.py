@@ -1,4 +1,4 @@
-"""First derivatives of local attention in plain PyTorch, chunk by chunk as the forward pass.
+"""First derivatives of local attention on a CPU, chunk by chunk as the forward pass.
 
 The weights are recomputed unless the forward pass has kept them. Gradients of keys are added tile by tile and
 those of a bias table by products: the order of additions is fixed.
@@ -11,34 +11,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionattn.kernels.local.pattern import Pattern, Run, Span
-from visionattn.kernels.local.plain.chunks import (
-    TRAINING,
-    Band,
-    as_matrices,
-    as_tiles,
-    band_biases,
-    bands,
-    chunks,
-    key_tiles,
-    put_key_tiles,
-    query_tiles,
-    shares_keys,
-    stretched,
-)
-from visionattn.kernels.local.plain.tiles import (
+from visionattn.kernels.local.pattern import Call, Pattern, Run, Segment
+from visionattn.kernels.local.plain.bias import (
     add_to_table,
-    by_axes,
-    by_groups,
+    chunk_biases,
     has_whole_block,
-    pad_keys,
     part_of_block,
     run_pixels,
     whole_block,
 )
+from visionattn.kernels.local.plain.chunks import (
+    TRAINING,
+    Columns,
+    as_matrices,
+    as_tiles,
+    chunks,
+    key_tiles,
+    put_key_tiles,
+    query_tiles,
+    rows_and_columns,
+    shares_keys,
+    stretched,
+)
+from visionattn.kernels.local.plain.groups import by_groups
+from visionattn.kernels.local.plain.tiles import pad_keys
 from visionattn.kernels.precision import without_autocast
 
-# How many rows of tiles that share keys are worked off as one: their keys are to stay in the cache.
+# So many rows of tiles that share keys are worked off as one: their keys are to stay in the cache.
 _TOGETHER = 4
 
 
@@ -48,33 +47,30 @@ def local_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern,
-    bias: Tensor | None,
-    scale: float,
+    call: Call,
     with_bias: bool = True,
     kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the bias.
+    """Compute the gradients of q, k, v and the bias.
 
     Args:
         grad: gradient of the output `[B, H, W, heads, d]`.
         grad_lse: gradient of the log-sum-exp `[B, H, W, heads]`, or None.
-        q: queries, keys and values as the forward pass had them, likewise the other arguments.
+        q: queries, keys, values and `call` as the forward pass had them.
         k: keys.
         v: values.
-        pattern: the geometry.
-        bias: table or dense, or None.
-        scale: multiplies q·k.
+        call: all else.
         with_bias: whether the gradient of the bias is wanted; None otherwise.
         kept: the weights of every chunk, if the forward pass has kept them.
     """
+    pattern, bias, *_ = call
     maps = [grad, q, pad_keys(k, pattern), pad_keys(v, pattern)]
     maps += [] if grad_lse is None else [grad_lse[..., None]]
     wide = torch.promote_types(q.dtype, torch.float32)
     grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and with_bias else None
 
     def attend_backward(group: Pattern, *args: Tensor) -> tuple[Tensor, ...]:
-        return _chunks_backward(group, bias, grad_bias, scale, kept, *args)
+        return _chunks_backward(call._replace(pattern=group), grad_bias, kept, *args)
 
     with without_autocast(q):
         dq, dk, dv = by_groups(pattern, maps, attend_backward)
@@ -85,10 +81,8 @@ def local_attention_backward(
 
 
 def _chunks_backward(
-    pattern: Pattern,
-    bias: Tensor | None,
+    call: Call,
     grad_bias: Tensor | None,
-    scale: float,
     kept: Sequence[Tensor],
     grad: Tensor,
     q: Tensor,
@@ -96,50 +90,51 @@ def _chunks_backward(
     v: Tensor,
     grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the maps of an undilated pattern; that of the bias is added to `grad_bias`."""
+    """Compute the gradients of the maps of an undilated pattern; add that of the bias to `grad_bias`."""
+    pattern, bias, scale, _ = call
     # In half precision the sums over all tiles that see a key would lose their small terms.
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty(q.shape, dtype=wide, device=q.device)
     alone = all(axis.key_window == axis.window and axis.border != "clamp" for axis in (pattern.y, pattern.x))
     new = torch.empty if alone else torch.zeros
     dk, dv = (new(t.shape, dtype=wide, device=t.device) for t in (k, v))
-    rows, columns = bands(pattern, q.shape[3])
+    rows, all_columns = rows_and_columns(pattern, q.shape[3])
     sums = None if bias is None or grad_bias is None else _BiasSums(pattern, bias, grad_bias)
     weights = iter(kept)
-    for band in columns:
-        biases = [None] * len(rows) if kept else band_biases(bias, pattern, rows, band, q)
+    for columns in all_columns:
+        biases = [None] * len(rows) if kept else chunk_biases(bias, pattern, rows, columns, q)
         for y, bias_of_y in zip(rows, biases):
             shared = shares_keys(y)
             totals: list[Tensor] = []
-            for chunk in chunks(q.shape, y, band, TRAINING, _TOGETHER if shared else 0):
+            for chunk in chunks(q.shape, y, columns, TRAINING, _TOGETHER if shared else 0):
                 steps = chunk.rows[1] if shared else 1
                 tall, chunk = stretched(y, chunk) if shared else (y, chunk)
-                tiles = [query_tiles(t, chunk, tall, band) for t in (q, grad, grad_lse) if t is not None]
-                tiles += [key_tiles(t, chunk, tall, band) for t in (k, v)]
+                tiles = [query_tiles(t, chunk, tall, columns) for t in (q, grad, grad_lse) if t is not None]
+                tiles += [key_tiles(t, chunk, tall, columns) for t in (k, v)]
                 matrices = [as_matrices(t, wide) for t in tiles]
                 args = (matrices[:-2], matrices[-2:], bias_of_y, scale)
                 if shared:
-                    *grads, dlogits = _stretch_backward(*args, y, band, steps, sums is not None)
+                    *grads, dlogits = _stretch_backward(*args, (y, columns.runs[0]), steps, sums is not None)
                 else:
                     *grads, dlogits = _dense_backward(*args, next(weights, None))
-                target = query_tiles(dq, chunk, tall, band)
+                target = query_tiles(dq, chunk, tall, columns)
                 target.copy_(as_tiles(grads[0], target.shape))
                 for target, part in zip((dk, dv), grads[1:]):
-                    put_key_tiles(target, as_tiles(part, tiles[-1].shape), chunk, tall, band, alone)
+                    put_key_tiles(target, as_tiles(part, tiles[-1].shape), chunk, tall, columns, alone)
                 if sums is not None:
-                    parts = _sums_of_runs(dlogits, band, q.shape[3])
+                    parts = _sums_of_runs(dlogits, columns, q.shape[3])
                     totals = [total.add_(part) for total, part in zip(totals, parts)] or parts
             if sums is not None:
-                sums.add(totals, y, band)
+                sums.add(totals, y, columns)
     if sums is not None:
         sums.finish()
     return dq, dk, dv
 
 
-def _sums_of_runs(dlogits: Tensor, band: Band, heads: int) -> list[Tensor]:
-    """For each run of a band `[n * heads, nq, nk]` the sum `[heads, nq, nk]` over its tiles."""
+def _sums_of_runs(dlogits: Tensor, columns: Columns, heads: int) -> list[Tensor]:
+    """Sum `[n * heads, nq, nk]` over the tiles of each run: `[heads, nq, nk]`."""
     dlogits = dlogits.unflatten(0, (-1, heads))
-    parts = [dlogits] if len(band.runs) == 1 else dlogits.split([run.count for run in band.runs])
+    parts = [dlogits] if len(columns.runs) == 1 else dlogits.split([run.count for run in columns.runs])
     return [part[0] if len(part) == 1 else part.sum(0) for part in parts]
 
 
@@ -148,13 +143,12 @@ def _stretch_backward(
     keys: Sequence[Tensor],
     bias: Tensor | None,
     scale: float,
-    y: Run,
-    band: Band,
+    runs: tuple[Run, Run],
     steps: int,
     with_bias: bool,
 ) -> tuple[Tensor, ...]:
-    """`_dense_backward` of tiles that are `steps` stretches of rows; logits' gradients are added up."""
-    x = band.runs[0]
+    """`_dense_backward` of tiles made of `steps` rows of tiles; gradients of logits are added up."""
+    y, x = runs
     dlogits = queries[0].new_zeros(())
     dq = torch.empty_like(queries[0])
     dk, dv = (torch.zeros_like(t) for t in keys)
@@ -173,8 +167,8 @@ def _stretch_backward(
     return dq, dk, dv, dlogits
 
 
-def _step(matrices: Tensor, step: int, y: Run, rows: Span, columns: Span) -> Tensor:
-    """One stretch of tiles `[N, pixels, d]`."""
+def _step(matrices: Tensor, step: int, y: Run, rows: Segment, columns: Segment) -> Tensor:
+    """View the queries or keys of one row of tiles in tiles `[N, pixels, d]` made of several."""
     return matrices.narrow(1, step * y.step * columns.length, rows.length * columns.length)
 
 
@@ -228,16 +222,16 @@ class _BiasSums:
 
     def __init__(self, pattern: Pattern, bias: Tensor, grad_bias: Tensor) -> None:
         self.pattern, self.grad_bias = pattern, grad_bias
-        self.is_table = bias.shape[1:] == pattern.table_shape
+        self.is_table = pattern.is_table(bias)
         self.block = None
         if has_whole_block(pattern, self.is_table):
             y, x = pattern.y, pattern.x
             shape = bias.shape[0], y.window, x.window, y.key_window, x.key_window
-            self.block = grad_bias.new_zeros(shape) if self.is_table else by_axes(grad_bias, pattern)
+            self.block = grad_bias.new_zeros(shape) if self.is_table else pattern.by_axes(grad_bias)
 
-    def add(self, totals: Sequence[Tensor], y: Run, band: Band) -> None:
-        """Add the gradients `[heads, nq, nk]` of the logits of the runs of a band."""
-        for x, total in zip(band.runs, totals):
+    def add(self, totals: Sequence[Tensor], y: Run, columns: Columns) -> None:
+        """Add the gradients `[heads, nq, nk]` of the logits of all runs of the columns."""
+        for x, total in zip(columns.runs, totals):
             total = total.unflatten(2, (y.key.length, -1)).unflatten(1, (y.query.length, -1))
             if self.block is not None:
                 part_of_block(self.block, y, x).add_(total)
@@ -265,4 +259,4 @@ class _BiasSums:
             key_y.clamp(0, axes[0].key_window - 1)[:, None, :, None],
             key_x.clamp(0, axes[1].key_window - 1)[:, None, :],
         )
-        by_axes(self.grad_bias, self.pattern).index_put_(where, dlogits, accumulate=True)
+        self.pattern.by_axes(self.grad_bias).index_put_(where, dlogits, accumulate=True)

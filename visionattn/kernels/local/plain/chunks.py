@@ -10,30 +10,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import groupby, product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.local.pattern import Pattern, Run, Span
-from visionattn.kernels.local.plain.tiles import run_biases, tile_runs
+from visionattn.kernels.local.pattern import Pattern, Run, Segment
+from visionattn.kernels.local.plain.tiles import concatenated, tile_runs
 
-# How many logits a chunk holds, in inference and in training, the best of 2**16 to 2**20 on a CPU.
+# A chunk holds so many logits in inference and in training: the best of 2**16 to 2**20 on a CPU.
 INFERENCE, TRAINING = 2**18, 2**17
 
-# Numbers that a vector instruction takes.
+# A vector instruction takes so many numbers.
 _LANES = 8
 
 
-class Band(NamedTuple):
-    """Adjacent columns of tiles of one size that are computed together."""
+class Columns(NamedTuple):
+    """Adjacent columns of tiles of one size that are computed together, from one run or several."""
 
     runs: list[Run]
 
     @property
     def count(self) -> int:
-        """How many columns of tiles."""
+        """Columns of tiles in all runs."""
         return sum(run.count for run in self.runs)
 
 
@@ -46,10 +46,10 @@ class Chunk(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def bands(pattern: Pattern, heads: int) -> tuple[list[Run], list[Band]]:
-    """The rows of tiles of an undilated pattern and the columns in bands.
+def rows_and_columns(pattern: Pattern, heads: int) -> tuple[list[Run], list[Columns]]:
+    """Cut an undilated pattern into rows of tiles, and into columns that are computed together.
 
-    Border tiles made of several blocks get as many keys as the others and join their band, unless a row of
+    Border tiles made of several blocks get as many keys as the others and join their columns, unless a row of
     tiles fills a chunk anyway: then it would only cost a large mask.
     """
     rows, columns = tile_runs(pattern)
@@ -60,37 +60,31 @@ def bands(pattern: Pattern, heads: int) -> tuple[list[Run], list[Band]]:
     )
     joinable = columns[0].blocks > 1 and pattern.x.border == "clamp"
     if not joinable or heads * count * queries * keys > INFERENCE:
-        return rows, [Band([run]) for run in columns]
+        return rows, [Columns([run]) for run in columns]
     widened = [_widened(run, pattern.x.length, longest) for run in columns]
-    return rows, [Band(list(group)) for _, group in groupby(widened, key=lambda run: run.query.length)]
+    return rows, [Columns(list(group)) for _, group in groupby(widened, key=lambda run: run.query.length)]
 
 
 def _widened(run: Run, length: int, keys: int) -> Run:
-    """A run under a mask with this many keys, moved inwards where the map ends."""
-    return run._replace(key=Span(min(run.key.start, length - keys), keys, run.key.offset), masked=True)
+    """Give a run this many keys under a mask, moved inwards where the map ends."""
+    return run._replace(key=Segment(min(run.key.start, length - keys), keys, run.key.offset), masked=True)
 
 
-def chunks(shape: tuple[int, ...], y: Run, band: Band, size: int, together: int = 0) -> Iterator[Chunk]:
-    """The chunks of a run of rows and a band for maps of `shape` `[B, H, W, heads, d]`.
+def chunks(shape: tuple[int, ...], y: Run, columns: Columns, size: int, together: int = 0) -> Iterator[Chunk]:
+    """Cut a run of rows and some columns into chunks, for maps of `shape` `[B, H, W, heads, d]`.
 
     A chunk has about `size` logits; `together` rows of tiles, or without it as many as there is room for.
     """
-    x, many = band.runs[0], len(band.runs) > 1
+    x, many = columns.runs[0], len(columns.runs) > 1
     logits = shape[3] * y.query.length * x.query.length * y.key.length * x.key.length
     most = max(size // max(logits, 1), 1)
     # The columns of several runs have masks of their own, which serve one row of one image.
-    columns = band.count if many else min(most, band.count)
-    images = 1 if many else max(most // (columns * (1 if together else y.count)), 1)
-    rows = together or (1 if many else max(most // (columns * images), 1))
-    counts = shape[0], y.count, band.count
-    starts = (range(0, count, step) for count, step in zip(counts, (images, rows, columns)))
-    for firsts in product(*starts):
-        yield Chunk(
-            *(
-                (first, min(step, count - first))
-                for first, step, count in zip(firsts, (images, rows, columns), counts)
-            )
-        )
+    wide = columns.count if many else min(most, columns.count)
+    images = 1 if many else max(most // (wide * (1 if together else y.count)), 1)
+    high = together or (1 if many else max(most // (wide * images), 1))
+    sides = [(shape[0], images), (y.count, high), (columns.count, wide)]
+    for firsts in product(*(range(0, count, step) for count, step in sides)):
+        yield Chunk(*((first, min(step, count - first)) for first, (count, step) in zip(firsts, sides)))
 
 
 def shares_keys(run: Run) -> bool:
@@ -120,29 +114,28 @@ def _keys_of_query(pattern: Pattern) -> float:
 
 
 def stretched(run: Run, chunk: Chunk) -> tuple[Run, Chunk]:
-    """The rows of a chunk as one long tile, whose keys are copied, and their gradients added, once."""
+    """Make one long tile of the rows of a chunk, so that their keys are copied, and gradients added, once."""
     first, count = chunk.rows
     query, key = (
-        span._replace(start=span.start + first * run.step, length=span.length + (count - 1) * run.step)
-        for span in (run.query, run.key)
+        part._replace(start=part.start + first * run.step, length=part.length + (count - 1) * run.step)
+        for part in (run.query, run.key)
     )
     return run._replace(count=1, query=query, key=key), chunk._replace(rows=(0, 1))
 
 
-def query_tiles(x: Tensor, chunk: Chunk, y: Run, band: Band) -> Tensor:
-    """The queries of a chunk: a view `[B, rows, columns, heads, y, x, d]` of `[B, H, W, heads, d]`."""
-    whole = band.runs[0]._replace(count=band.count, step=band.runs[0].query.length)
-    return _tiles(x, chunk.images, (chunk.rows, y, y.query), (chunk.columns, whole, whole.query))
+def query_tiles(x: Tensor, chunk: Chunk, y: Run, columns: Columns) -> Tensor:
+    """View the queries of a chunk, `[B, rows, columns, heads, y, x, d]` of `[B, H, W, heads, d]`."""
+    whole = columns.runs[0]._replace(count=columns.count, step=columns.runs[0].query.length)
+    return _view(x, chunk.images, (chunk.rows, y, y.query), (chunk.columns, whole, whole.query))
 
 
-def key_tiles(x: Tensor, chunk: Chunk, y: Run, band: Band) -> Tensor:
-    """The keys of a chunk as `query_tiles`: a view for a single run, a copy for several."""
-    tiles = _key_tiles(x, chunk, y, band)
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 2)
+def key_tiles(x: Tensor, chunk: Chunk, y: Run, columns: Columns) -> Tensor:
+    """Take the keys of a chunk as `query_tiles` does: a view for a single run, a copy for several."""
+    return concatenated(_key_views(x, chunk, y, columns), 2)
 
 
 def as_matrices(tiles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tiles `[B, rows, columns, heads, y, x, d]` as `[n * heads, pixels, d]` of another dtype.
+    """Copy tiles `[B, rows, columns, heads, y, x, d]` to `[n * heads, pixels, d]` of another dtype.
 
     `d` is filled up with zeros to a multiple of 8: a product with 30 columns takes 1.6 times as long as
     one with 32.
@@ -155,90 +148,52 @@ def as_matrices(tiles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_tiles(matrices: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `as_matrices` for tiles of `shape`; the heads may have an axis of their own."""
+    """Undo `as_matrices` for tiles of `shape`; the heads may have an axis of their own."""
     tiles = matrices.view(*shape[:-1], -1)
     return tiles if tiles.shape[-1] == shape[-1] else tiles[..., : shape[-1]]
 
 
-def put_key_tiles(target: Tensor, tiles: Tensor, chunk: Chunk, y: Run, band: Band, alone: bool) -> None:
+def put_key_tiles(target: Tensor, tiles: Tensor, chunk: Chunk, y: Run, columns: Columns, alone: bool) -> None:
     """Add tiles `[B, rows, columns, heads, y, x, d]` to their map `[B, H, W, heads, d]`.
 
     They may overlap; where no tile shares keys with any other, `alone`, they are written instead.
     """
-    views = _key_tiles(target, chunk, y, band)
+    views = _key_views(target, chunk, y, columns)
     if alone:
         views[0].copy_(tiles)
         return
-    for view, part, x in zip(views, tiles.split([view.shape[2] for view in views], 2), band.runs):
-        for rows, columns in product(_pieces(y), _pieces(x)):
-            view[..., rows, columns, :].add_(part[..., rows, columns, :])
+    for view, part, x in zip(views, tiles.split([view.shape[2] for view in views], 2), columns.runs):
+        for high, wide in product(_pieces(y), _pieces(x)):
+            view[..., high, wide, :].add_(part[..., high, wide, :])
 
 
 def _pieces(run: Run) -> list[slice]:
-    """The keys of a tile in pieces of one step, which do not overlap those of the next tile."""
+    """Divide the keys of a tile into pieces of one step: equal pieces of all tiles do not overlap."""
     step = run.step if run.count > 1 else run.key.length
     return [slice(first, first + step) for first in range(0, run.key.length, step)]
 
 
-def _key_tiles(x: Tensor, chunk: Chunk, y: Run, band: Band) -> list[Tensor]:
-    """A view for every run of a band."""
-    pieces = [chunk.columns] if len(band.runs) == 1 else [(0, run.count) for run in band.runs]
+def _key_views(x: Tensor, chunk: Chunk, y: Run, columns: Columns) -> list[Tensor]:
+    """View the keys of a chunk, for every run of its columns."""
+    counts = [chunk.columns] if len(columns.runs) == 1 else [(0, run.count) for run in columns.runs]
     return [
-        _tiles(x, chunk.images, (chunk.rows, y, y.key), (columns, run, run.key))
-        for run, columns in zip(band.runs, pieces)
+        _view(x, chunk.images, (chunk.rows, y, y.key), (count, run, run.key))
+        for run, count in zip(columns.runs, counts)
     ]
 
 
-_Side = tuple[tuple[int, int], Run, Span]
+# Along one axis: the first tile and how many, the run that they belong to, and its queries or its keys.
+_Part = tuple[tuple[int, int], Run, Segment]
 
 
-def _tiles(x: Tensor, images: tuple[int, int], row: _Side, column: _Side) -> Tensor:
-    """Rectangles `[B, rows, columns, heads, y, x, d]` of `[B, H, W, heads, d]`, in one operation."""
-    (first_row, rows), y, span_y = row
-    (first_column, columns), run_x, span_x = column
+def _view(x: Tensor, images: tuple[int, int], rows: _Part, columns: _Part) -> Tensor:
+    """View rectangles `[B, rows, columns, heads, y, x, d]` of `[B, H, W, heads, d]`, in one operation."""
+    (first_row, high), run_y, part_y = rows
+    (first_column, wide), run_x, part_x = columns
     image, height, width, head, channel = x.stride()
-    top, left = span_y.start + first_row * y.step, span_x.start + first_column * run_x.step
+    top, left = part_y.start + first_row * run_y.step, part_x.start + first_column * run_x.step
     return x.as_strided(
-        (images[1], rows, columns, x.shape[3], span_y.length, span_x.length, x.shape[4]),
-        (image, y.step * height, run_x.step * width, head, height, width, channel),
+        (images[1], high, wide, x.shape[3], part_y.length, part_x.length, x.shape[4]),
+        (image, run_y.step * height, run_x.step * width, head, height, width, channel),
         x.storage_offset() + images[0] * image + top * height + left * width,
     )
-
-
-def band_biases(
-    bias: Tensor | None, pattern: Pattern, rows: list[Run], band: Band, q: Tensor
-) -> list[Tensor | None]:
-    """What is added to the logits `[n, heads, nq, nk]` of each run of rows, or nothing.
-
-    `[1, heads | 1, nq, nk]`, and with an entry for every column for several runs.
-    """
-    setting = pattern, tuple(rows), tuple(band.runs), q.shape[3], q.dtype, q.device
-    # Tensors of a tracer must not outlive it.
-    return _masks(*setting) if bias is None and type(q) is Tensor else _biases(bias, *setting)
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _masks(*setting: Any) -> list[Tensor | None]:
-    """`_biases` without a bias: the same for every map of a size, and a tenth of the work of a small one."""
-    return _biases(None, *setting)
-
-
-def _biases(
-    bias: Tensor | None,
-    pattern: Pattern,
-    rows: tuple[Run, ...],
-    columns: tuple[Run, ...],
-    heads: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[Tensor | None]:
-    biases = run_biases(bias, pattern, rows, columns, dtype, device)
-    width = len(columns)
-    if width == 1:
-        return [None if x is None else x[None] for x in biases]
-    # Only tiles under a mask share a band with others.
-    parts = [
-        x.expand(run.count, heads, -1, -1) for x, run in zip(biases, columns * len(rows)) if x is not None
-    ]
-    return [torch.cat(parts[i : i + width]) for i in range(0, len(parts), width)]
