@@ -6,7 +6,7 @@ https://arxiv.org/abs/2303.08810.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -44,19 +44,9 @@ class BiLevelRoutingAttention(RoutedAttention2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        # The full width, not the width of a head: the official code scales both levels so.
-        scale = dim**-0.5
-        super().__init__(
-            dim,
-            num_heads,
-            region_size=None,
-            pad=pad,
-            side_dwconv=side_dwconv,
-            scale=scale,
-            device=device,
-            dtype=dtype,
-            topk=topk,
-        )
+        given: dict[str, Any] = {"device": device, "dtype": dtype, "pad": pad, "side_dwconv": side_dwconv}
+        # The scale of the full width, not of the width of a head: the official code has it at both levels.
+        super().__init__(dim, num_heads, "topk", None, scale=dim**-0.5, topk=topk, **given)
         self.n_win = n_win
         self.topk = topk
         self.auto_pad = auto_pad

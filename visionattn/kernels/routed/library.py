@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,41 +13,21 @@ from visionattn.kernels.routed import reference
 from visionattn.kernels.routed.plain import attention as plain
 
 
-def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-    return_lse: bool,
-    distinct: bool,
-) -> tuple[Tensor, Tensor]:
+def _fused(*args: Any) -> tuple[Tensor, Tensor]:
     from visionattn.kernels.routed.fused.forward import forward
 
-    return forward(q, k, v, indices, bias, region, scale)
+    *inputs, _return_lse, _distinct = args
+    return forward(*inputs)
 
 
 def _fused_gradients(
-    grads: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
-    wanted: Sequence[bool],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-    return_lse: bool,
-    distinct: bool,
+    grads: Sequence[Tensor | None], outputs: Sequence[Tensor], wanted: Sequence[bool], *args: Any
 ) -> tuple[Tensor | None, ...]:
     from visionattn.kernels.routed.fused.backward import backward
 
-    grad_out, grad_lse = grads
-    grad_out = torch.zeros_like(outputs[0]) if grad_out is None else grad_out
-    return backward(grad_out, grad_lse, outputs, q, k, v, indices, bias, region, scale, wanted[3])
+    *inputs, _return_lse, _distinct = args
+    grad_out = torch.zeros_like(outputs[0]) if grads[0] is None else grads[0]
+    return backward(grad_out, grads[1], outputs, *inputs, with_bias=wanted[3])
 
 
 def _flops(q: Sequence[int], indices: Sequence[int], region: Sequence[int], products: int) -> int:

@@ -151,20 +151,12 @@ class _Chunked(torch.autograd.Function):
         return out.unflatten(0, (info.batch_size, -1)), 0
 
 
-def _differentiable_gradients(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    pair_bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-) -> tuple[Tensor | None, ...]:
+def _differentiable_gradients(grad_out: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and pair_bias that can be differentiated again, by PyTorch's own rules."""
+    q, k, v, _indices, pair_bias = args[:5]
     wanted = [x is not None and x.requires_grad for x in (q, k, v, pair_bias)]
     inputs = [x for x in (q, k, v, pair_bias) if x is not None and x.requires_grad]
-    out, _ = _in_one_piece(q, k, v, indices, pair_bias, region, scale, False)
+    out, _ = _in_one_piece(*args, return_lse=False)
     grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
     return tuple(next(grads) if want else None for want in wanted)
 
