@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+
 import pytest
 import torch
 from agreement import packed_qkv
+from torch import Tensor
 
 from visionattn.kernels import (
     BACKENDS,
     explain,
+    linear_attention,
     overlapping_window_attention,
     routed_attention,
     topk_regions,
@@ -83,6 +88,91 @@ def test_environment_variable(forced_by_environment):
     assert explain(window_attention, Q, K, V, 3).backend == "torch"
 
 
+def test_threads_do_not_see_each_other():
+    """Two threads force and explain different things, each in the middle of the other's block."""
+    outcomes: dict[str, list[str]] = {}
+    meeting = threading.Barrier(2, timeout=60)
+
+    def chosen() -> str:
+        return explain(window_attention, Q, K, V, 3).backend
+
+    def work(backend: str) -> None:
+        seen = outcomes[backend] = [chosen()]
+        with use_backend(backend):
+            meeting.wait()
+            seen.append(chosen())
+            meeting.wait()
+        seen.append(chosen())
+
+    def explain_slowly() -> None:
+        def function() -> None:
+            meeting.wait()
+            meeting.wait()
+            window_attention(Q, K, V, 3)
+
+        outcomes["explained"] = [explain(function).backend]
+
+    def compute() -> None:
+        meeting.wait()
+        outcomes["computed"] = [str(tuple(window_attention(Q, K, V, 3).shape))]
+        meeting.wait()
+
+    with use_backend("reference"):
+        for pair in ((partial(work, "torch"), partial(work, "reference")), (explain_slowly, compute)):
+            threads = [threading.Thread(target=function) for function in pair]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert outcomes == {
+        "torch": ["torch", "torch", "torch"],
+        "reference": ["torch", "reference", "torch"],
+        "explained": ["torch"],
+        "computed": [str(tuple(Q.shape))],
+    }
+
+
+def test_compiled_programs_follow_the_choice():
+    torch.compiler.reset()
+    compiled_for = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        compiled_for.append("reference" if "'reference'" in graph.code else "torch")
+        return graph
+
+    def function(q: Tensor) -> Tensor:
+        return linear_attention(q, q, q)
+
+    def with_a_block(q: Tensor) -> Tensor:
+        with use_backend("reference"):
+            q = linear_attention(q, q, q)
+        return linear_attention(q, q, q)
+
+    compiled = torch.compile(function, fullgraph=True, backend=keep)
+    for _ in range(2):
+        compiled(Q)
+        with use_backend("reference"):
+            torch.testing.assert_close(compiled(Q), function(Q))
+        assert compiled_for == ["torch", "reference"]
+    thread = threading.Thread(target=compiled, args=(Q,))
+    with use_backend("reference"):
+        thread.start()
+        thread.join()
+    assert compiled_for == ["torch", "reference"]
+    blocks = torch.compile(with_a_block, fullgraph=True, backend=keep)
+    torch.testing.assert_close(blocks(Q), with_a_block(Q))
+    assert explain(linear_attention, Q, Q, Q).backend == "torch"
+
+
+@use_backend("reference")
+def _chosen_by_a_decorator() -> str:
+    return explain(window_attention, Q, K, V, 3).backend
+
+
+def test_use_backend_decorates():
+    assert [_chosen_by_a_decorator(), _chosen_by_a_decorator()] == ["reference", "reference"]
+
+
 def test_unknown_names(forced_by_environment):
     with pytest.raises(
         ValueError, match="backend='cuda' is no implementation; choose one of reference, torch, "
@@ -115,6 +205,7 @@ def test_choice_of_a_fused_implementation(monkeypatch: pytest.MonkeyPatch):
 
     operator = Operator("toy", dict.fromkeys(("reference", "torch", "triton"), plain), {"triton": refuses})
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("visionattn.kernels.dispatch._HAS_RECORDS", True)
     monkeypatch.setattr("visionattn.kernels.dispatch.find_spec", lambda name: None)
     assert choose(operator, Q) == ("torch", "not triton: the tensors are on cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -122,6 +213,9 @@ def test_choice_of_a_fused_implementation(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("visionattn.kernels.dispatch.find_spec", lambda name: object())
     assert choose(operator, Q) == ("triton", "fused kernel available")
     assert choose(operator, Q[..., :3]) == ("torch", "not triton: head_dim is odd")
+    monkeypatch.setattr("visionattn.kernels.dispatch._HAS_RECORDS", False)
+    assert choose(operator, Q)[1].startswith("not triton: the Triton of PyTorch 2.6 is too old")
+    monkeypatch.setattr("visionattn.kernels.dispatch._HAS_RECORDS", True)
     with use_backend("triton"), pytest.raises(ValueError, match="toy cannot run on triton: head_dim is odd"):
         choose(operator, Q[..., :3])
 

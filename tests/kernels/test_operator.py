@@ -18,6 +18,7 @@ from visionattn.kernels import (
     linear_attention,
     neighborhood_attention,
     overlapping_window_attention,
+    routed_attention,
     use_backend,
     window_attention,
 )
@@ -40,6 +41,11 @@ def products(pixels: int, keys: int, count: int) -> int:
     return 2 * count * SHAPE[0] * SHAPE[3] * SHAPE[4] * pixels * keys
 
 
+def lists() -> Tensor:
+    """Two of the four regions of 3x3 pixels for each; keys beyond the map count."""
+    return torch.tensor([[0, 1], [3, 1], [2, 0], [1, 2]], dtype=torch.int32).expand(2, 1, 4, 2)
+
+
 CASES = {
     "dense": Case(
         lambda q, k, v: dense_attention(q, k[:, :4], v[:, :4]),
@@ -55,6 +61,16 @@ CASES = {
         lambda q, k, v: agent_attention(q, q[:, :2, :2], k, v),
         2 * products(PIXELS, 4, 2),
         2 * products(PIXELS, 4, 7),
+    ),
+    "routed": Case(
+        lambda q, k, v: routed_attention(q, k, v, lists(), 3, distinct=True),
+        products(PIXELS, 18, 2),
+        products(PIXELS, 18, 7),
+    ),
+    "routed with lse": Case(
+        lambda q, k, v: routed_attention(q, k, v, lists(), 3, return_lse=True)[0],
+        products(PIXELS, 18, 2),
+        products(PIXELS, 18, 7),
     ),
     "windows": Case(
         lambda q, k, v: window_attention(q, k, v, (3, 5)),

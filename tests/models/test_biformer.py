@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import Tensor
 
-from visionattn.kernels import use_backend
-from visionattn.layers import bilevel_routing
+from visionattn.kernels import topk_regions, use_backend
+from visionattn.layers import BiLevelRoutingAttention
 
 SMALL = {"depths": (1, 1, 2, 1), "embed_dims": (32, 64, 64, 64), "n_win": 3, "topks": (1, 2, 3, -2)}
 
@@ -21,14 +21,15 @@ def test_every_backend_takes_the_same_decisions(monkeypatch: pytest.MonkeyPatch)
     for name, p in net.named_parameters():
         if "qkv" in name:
             torch.nn.init.normal_(p, std=0.5)
-    select = bilevel_routing.topk_regions
     decisions: list[Tensor] = []
 
-    def noted(*args) -> Tensor:
-        decisions.append(select(*args))
+    def noted(*args, **options) -> Tensor:
+        decisions.append(topk_regions(*args, **options))
         return decisions[-1]
 
-    monkeypatch.setattr(bilevel_routing, "topk_regions", noted)
+    for module in net.modules():
+        if isinstance(module, BiLevelRoutingAttention):
+            monkeypatch.setattr(module, "selector", module.selector._replace(regions=noted))
     image = torch.rand(2, 3, 96, 72)
     with torch.inference_mode():
         for backend in ("reference", "torch"):

@@ -16,7 +16,8 @@ from visionattn.kernels.local.op import (
 from visionattn.kernels.merge import merge_attention
 from visionattn.kernels.product.op import product
 from visionattn.kernels.routed.op import routed_attention
-from visionattn.kernels.routed.selectors.selection import antidiagonal_regions, topk_regions
+from visionattn.kernels.routed.selectors.affinity import topk_regions
+from visionattn.kernels.routed.selectors.antidiagonal import antidiagonal_regions
 
 __all__ = [
     "BACKENDS",

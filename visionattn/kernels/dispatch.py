@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Triton 3.2, which PyTorch 2.6 brings, cannot pass the records that the fused kernels take.
+_HAS_RECORDS = torch.__version__ >= (2, 7)
+
 BACKENDS = ("reference", "torch", "cpu", "triton")
 
 _forced: ContextVar[str | None] = ContextVar("visionattn_backend", default=None)
@@ -132,6 +135,8 @@ def _refusal(operator: Operator, backend: str, x: Tensor, *args: Any) -> str | N
         return f"the tensors are on {x.device.type}"
     if backend == "triton" and find_spec("triton") is None:
         return "Triton is not installed"
+    if backend == "triton" and not _HAS_RECORDS:
+        return "the Triton of PyTorch 2.6 is too old; the fused kernels need PyTorch 2.7"
     refuses = operator.refusals.get(backend)
     return refuses and refuses(x, *args)
 

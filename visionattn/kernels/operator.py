@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn._compat import is_counting_flops, is_exporting
+from visionattn._compat import is_counting_flops, is_exporting, is_functorch_active
 from visionattn.kernels.dispatch import Operator
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -133,7 +133,11 @@ class _Node:
             return lambda *args: self.run(backend, *args)
 
         def run(*args: Any) -> Any:
-            is_node = not is_exporting() if torch.compiler.is_compiling() else is_counting_flops()
+            if torch.compiler.is_compiling():
+                is_node = not is_exporting()
+            else:
+                # Transforms of torch.func differentiate parts only, no operator of torch.library.
+                is_node = is_counting_flops() and not is_functorch_active()
             return self.run(backend, *args) if is_node else implementation(*args)
 
         return run

@@ -5,6 +5,7 @@ from visionattn.layers.bilevel_routing import BiLevelRoutingAttention
 from visionattn.layers.inline_attention import InLineAttention2d
 from visionattn.layers.linear_attention import LinearAttention2d
 from visionattn.layers.local_attention import NeighborhoodAttention2d, OverlappingWindowAttention2d
+from visionattn.layers.routed_attention import RoutedAttention2d
 from visionattn.layers.window_attention import WindowAttention2d
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "LinearAttention2d",
     "NeighborhoodAttention2d",
     "OverlappingWindowAttention2d",
+    "RoutedAttention2d",
     "WindowAttention2d",
 ]

@@ -6,17 +6,14 @@ https://arxiv.org/abs/2303.08810.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
-from visionattn.kernels import routed_attention, topk_regions
-from visionattn.layers.linear import Linear
-from visionattn.layers.maps import extend_to, fill_up, on_nhwc
+from visionattn.layers.routed_attention import RoutedAttention2d
 
 
-class BiLevelRoutingAttention(nn.Module):
+class BiLevelRoutingAttention(RoutedAttention2d):
     """Bi-level routing attention: every region attends to the `topk` regions of largest affinity.
 
     Maps whose sides `n_win` does not divide are filled up on the right and bottom, by the rule of one of the
@@ -47,36 +44,33 @@ class BiLevelRoutingAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
+        # The full width, not the width of a head: the official code scales both levels so.
+        scale = dim**-0.5
+        super().__init__(
+            dim,
+            num_heads,
+            region_size=None,
+            pad=pad,
+            side_dwconv=side_dwconv,
+            scale=scale,
+            device=device,
+            dtype=dtype,
+            topk=topk,
+        )
         self.n_win = n_win
         self.topk = topk
-        self.pad = pad
         self.auto_pad = auto_pad
-        # The full width, not the width of a head: the official code scales both levels so.
-        self.scale = dim**-0.5
-        self.qkv = Linear(dim, 3 * dim, **dd)
-        self.lepe = nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
-        self.proj = Linear(dim, dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`.
+    def _cut(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Sizes of a region and of the filled-up map.
 
         Raises:
             ValueError: a side that cannot be cut into `n_win` regions under the padding rule.
         """
-        height, width = x.shape[1:3]
-        region = self._region_size(height, width)
+        rows, columns = region = self._region_size(height, width)
         if self.pad == "input":
-            x = extend_to(x, self.n_win * region[0], self.n_win * region[1])
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        indices = topk_regions(q, k, region, self.topk)
-        local = on_nhwc(self.lepe, v.flatten(3))
-        if self.pad == "projected":
-            q, k, v = (fill_up(t.flatten(3), region).unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        out = routed_attention(q, k, v, indices, region, scale=self.scale, distinct=True).flatten(3)
-        return self.proj(out[:, :height, :width] + local[:, :height, :width])
+            return region, (self.n_win * rows, self.n_win * columns)
+        return region, (rows * -(-height // rows), columns * -(-width // columns))
 
     def _region_size(self, height: int, width: int) -> tuple[int, int]:
         n = self.n_win

@@ -116,21 +116,21 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     q, k, v = (x.detach().float().requires_grad_() for x in packed((2, 3, 4, 2, 8)))
     dense = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
     bias = torch.randn(2, 6, 12, requires_grad=True)
-    agents = torch.randn(2, 6, 2, 8, requires_grad=True)
-    rows = [x.flatten(1, 2).detach().requires_grad_() for x in (k, v)]
-    linear, biased = torch.ops.visionattn.linear_attention, torch.ops.visionattn.biased_attention
+    agents = torch.randn(2, 2, 3, 2, 8, requires_grad=True)
+    linear, attend = torch.ops.visionattn.linear_attention, torch.ops.visionattn.dense_attention
+    numbers = (0.5, 1e-6, 6.0, "triton")
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (linear, (*qkv, form, 0.5, 1e-6, 6.0)) for qkv in ((q, k, v), dense) for form in ("sum", "injective")
+        (linear, (*qkv, form, *numbers)) for qkv in ((q, k, v), dense) for form in ("sum", "injective")
     ]
-    calls += [(biased, (agents, *rows, b, 0.5)) for b in (None, bias)]
+    calls += [(attend, (agents, k, v, b, 0.5, True, "triton")) for b in (None, bias)]
     grad = torch.ones(1).expand(2, 3, 4, 2, 8)
-    calls += [(torch.ops.visionattn.linear_attention_backward, (grad, q, k, v, "sum", 0.5, 1e-6, 6.0))]
-    out, lse = (x.detach() for x in biased(agents, *rows, bias, 0.5))
-    grads = torch.ones(1).expand(out.shape), torch.ones(1).expand(lse.shape)
-    calls += [
-        (torch.ops.visionattn.biased_attention_backward, (*grads, agents, *rows, b, out, lse, 0.5))
-        for b in (None, bias)
-    ]
+    arguments = (grad, torch.zeros(2, 3, 4, 2, 8), q, k, v, "sum", *numbers, [True, False, True])
+    calls += [(torch.ops.visionattn.linear_attention_backward, arguments)]
+    out, lse = (x.detach() for x in attend(agents, k, v, bias, 0.5, True, "triton"))
+    kept = torch.ones(1).expand(out.shape), torch.ones(1).expand(lse.shape), out, lse
+    for b in (None, bias):
+        arguments = (*kept, agents, k, v, b, 0.5, True, "triton", [True, True, True, b is not None])
+        calls += [(torch.ops.visionattn.dense_attention_backward, arguments)]
     return calls
 
 

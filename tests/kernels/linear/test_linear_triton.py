@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +16,14 @@ from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 
 from visionattn.kernels import agent_attention, linear_attention, use_backend
 from visionattn.kernels.dense.fused import attention as triton_attention
+from visionattn.kernels.dense.op import DENSE_ATTENTION
 from visionattn.kernels.linear.fused import linear as triton_linear
-from visionattn.kernels.linear.library import refuses_agents
 
 NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 MAPS = ("q", "k", "v", "a", "b", "x", "bias", "out", "grad_out", "grad_q", "grad_k", "grad_v", "grad_bias")
 VECTORS = ("lse", "grad_lse", "delta", "products", "sums", "center", "base", "factor", "slope")
-FLAGS = {
-    "sum": {"CENTERED": False, "WEIGHTED": True},
-    "apply": {"CENTERED": False, "BASED": False, "DIVIDED": True, "GRADIENT": True},
-}
+# What a launch of these kernels may lack.
+ABSENT = {"sum": ("center",), "apply": ("center", "base")}
 KERNELS = {
     "forward": triton_attention.forward_kernel,
     "query": triton_attention.query_kernel,
@@ -40,19 +39,27 @@ def test_interpreted() -> None:
     run_interpreted(Path(__file__).with_name("interpreted_triton.py"))
 
 
+def _types(numbers: Any) -> Any:
+    """The types of the numbers of a record."""
+    if isinstance(numbers, tuple):
+        parts = tuple(map(_types, numbers))
+        return type(numbers)(*parts) if hasattr(numbers, "_fields") else parts
+    return "i32"
+
+
 def compiled(kernel: str, target: str, dtype: torch.dtype, dim: int, rows: int = 64) -> Resources:
     hip = target == "gfx942"
-    if kernel in FLAGS:
-        x = torch.empty(1, rows, 1, dim, dtype=dtype)
-        options = {**triton_linear.launch_options(x, kernel), **FLAGS[kernel]}  # type: ignore[arg-type]
+    x = torch.empty(1, rows, 1, dim, dtype=dtype)
+    if kernel in ABSENT:
+        options = {**triton_linear.launch_options(x, kernel), **dict.fromkeys(ABSENT[kernel])}  # type: ignore[arg-type]
+        numbers = triton_linear.geometry(x, x)
     else:
-        x = torch.empty(1, rows, 1, dim, dtype=dtype)
-        options = {**triton_attention.launch_options(x, kernel != "forward", hip=hip), "BIASED": True}
-    types = {**dict.fromkeys(MAPS, NAMES[dtype]), **dict.fromkeys(VECTORS, "*fp32")}
+        options = triton_attention.launch_options(x, hip=hip)
+        numbers = triton_attention.geometry(x, x, None)
+    types = {**dict.fromkeys(MAPS, NAMES[dtype]), **dict.fromkeys(VECTORS, "*fp32"), "g": _types(numbers)}
     types |= dict.fromkeys(("scale", "eps", "floor"), "fp32")
-    names = KERNELS[kernel].arg_names
-    types |= dict.fromkeys((name for name in names if name not in types and name not in options), "i32")
-    return compile_for(target, KERNELS[kernel], {n: t for n, t in types.items() if n in names}, options)
+    names = [name for name in KERNELS[kernel].arg_names if name not in options]
+    return compile_for(target, KERNELS[kernel], {n: types.get(n, "i32") for n in names}, options)
 
 
 # Most registers of a thread: on NVIDIA 255 is all there are, 168 lets three programs of 128 threads share a
@@ -95,7 +102,7 @@ def test_compiles_into_registers(kernel: str, target: str) -> None:
 @pytest.mark.parametrize("target", list(TARGETS))
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_other_widths(kernel: str, target: str, dtype: torch.dtype, dim: int, rows: int) -> None:
-    if kernel not in FLAGS and refuses_agents(torch.empty(1, rows, 1, dim, dtype=dtype)):
+    if kernel not in ABSENT and DENSE_ATTENTION.refusals["triton"](torch.empty(1, rows, 1, dim, dtype=dtype)):
         pytest.skip("is refused")
     taken = compiled(kernel, target, dtype, dim, rows)
     assert taken.spilled <= 32

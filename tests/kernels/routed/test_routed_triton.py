@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 from visionattn.kernels.routed.fused import backward as triton_backward
 from visionattn.kernels.routed.fused import bias as triton_bias
 from visionattn.kernels.routed.fused import forward as triton_forward
+from visionattn.kernels.routed.fused.geometry import BiasStrides, Regions
+from visionattn.kernels.triton_rows import Strides, tile_options
 
 KERNELS = {
     "bias": triton_bias.bias_kernel,
@@ -32,21 +35,20 @@ def compiled(
     kernel: str, target: str, dtype: torch.dtype, dim: int, side: int = 8, has_bias: bool = True
 ) -> Resources:
     maps = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
-    types = dict.fromkeys(maps, NAMES[dtype])
+    types: dict[str, Any] = dict.fromkeys(maps, NAMES[dtype])
     types |= dict.fromkeys(("lists", "starts", "queries"), "*i32")
     types |= dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32")
-    types |= {"listed": "*i8", "bias": "*fp32", "grad_bias": "*fp32", "scale": "fp32"}
+    types |= {"listed": "*i8", "bias": "*fp32", "grad_bias": "*fp32", "scale": "fp32", "batch": "i32"}
+    for name, record in (("strides", Strides), ("regions", Regions), ("bias_strides", BiasStrides)):
+        types[name] = record(*["i32"] * len(record._fields))
     q = torch.empty(1, side, side, 1, dim, dtype=dtype)
     if kernel == "bias":
-        options = triton_bias.bias_launch_options(torch.empty(1, 56, 56, 1, dim, dtype=dtype), is_table=True)
+        options = triton_bias.bias_launch_options(torch.empty(1, 56, 56, 1, dim, dtype=dtype), relative=True)
     else:
-        backward, hip = kernel != "forward", target == "gfx942"
-        options = triton_forward.launch_options(q, (side, side), has_bias, backward, hip)
-        options["HAS_BIAS"] = has_bias
-    integers = [name for name in KERNELS[kernel].arg_names if name not in types and name not in options]
-    types |= dict.fromkeys(integers, "i32")
-    wanted = {name: kind for name, kind in types.items() if name in KERNELS[kernel].arg_names}
-    return compile_for(target, KERNELS[kernel], wanted, options)
+        options = tile_options(q, side * side, has_bias, kernel != "forward", hip=target == "gfx942")
+    options |= {} if has_bias else {"bias": None}
+    names = [name for name in KERNELS[kernel].arg_names if name not in options]
+    return compile_for(target, KERNELS[kernel], {name: types[name] for name in names}, options)
 
 
 # Most registers of a thread: on NVIDIA 255 is all there are, 128 lets four programs of 128 threads share a

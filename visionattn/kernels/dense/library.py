@@ -39,7 +39,7 @@ def _fused_gradients(
     out, lse = outputs
     grad, grad_lse = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, outputs))
     rows = [x.flatten(1, 2) for x in (grad, grad_lse, q, k, v, out, lse)]
-    *found, grad_bias = backward(*rows[:5], bias, *rows[5:], scale)
+    *found, grad_bias = backward(*rows[:5], bias, *rows[5:], scale, wanted[3])
     sizes = (x.shape[1:3] for x in (q, k, v))
     return *(x.unflatten(1, size) for x, size in zip(found, sizes)), grad_bias
 

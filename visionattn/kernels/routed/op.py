@@ -8,19 +8,8 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels.checks import check_bias, check_qkv, pair
-from visionattn.kernels.dispatch import Operator
-from visionattn.kernels.routed import library, reference
-from visionattn.kernels.routed.plain import attention as pytorch
-
-ROUTED_ATTENTION = Operator(
-    "routed_attention",
-    {
-        "reference": reference.routed_attention,
-        "torch": pytorch.routed_attention,
-        "triton": library.routed_attention,
-    },
-    {"triton": library.refuses},
-)
+from visionattn.kernels.operator import leaf
+from visionattn.kernels.routed.library import ROUTED_ATTENTION
 
 
 @overload
@@ -53,6 +42,7 @@ def routed_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@leaf
 def routed_attention(
     q: Tensor,
     k: Tensor,
@@ -95,17 +85,18 @@ def routed_attention(
     """
     height, width = check_qkv("routed_attention", q, k, v)
     region = pair("region_size", region_size)
-    _check_indices(indices, q, -(-height // region[0]) * -(-width // region[1]), distinct)
+    indices = _checked(indices, q, -(-height // region[0]) * -(-width // region[1]), distinct)
     if bias is not None:
         heads = q.shape[3]
         table, dense = (heads, 2 * height - 1, 2 * width - 1), (heads, height * width, height * width)
         check_bias("routed_attention", bias, q, table, dense)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = ROUTED_ATTENTION(q, k, v, indices, region, bias, scale, return_lse, distinct)
-    return (out.contiguous(), lse.contiguous()) if return_lse else out.contiguous()
+    out, lse = ROUTED_ATTENTION(q, k, v, indices, bias, region, scale, return_lse, distinct)
+    return out.contiguous() if lse is None else (out.contiguous(), lse.contiguous())
 
 
-def _check_indices(indices: Tensor, q: Tensor, regions: int, distinct: bool) -> None:
+def _checked(indices: Tensor, q: Tensor, regions: int, distinct: bool) -> Tensor:
+    """The lists, without repetitions."""
     batch, _, _, heads, _ = q.shape
     if indices.dim() != 4 or indices.shape[0] != batch or indices.shape[1] not in (1, heads):
         raise ValueError(
@@ -121,10 +112,15 @@ def _check_indices(indices: Tensor, q: Tensor, regions: int, distinct: bool) -> 
         raise ValueError(f"routed_attention: indices must be int32 or int64, got {indices.dtype}")
     if indices.device != q.device:
         raise ValueError(f"routed_attention: indices are on {indices.device}, the queries are on {q.device}")
-    if distinct or torch.compiler.is_compiling() or not indices.numel():
-        return
+    if distinct or not indices.numel():
+        return indices
+    if torch.compiler.is_compiling():
+        # A compiled graph cannot refuse a repetition; it counts once.
+        repeated = (indices[..., :, None] == indices[..., None, :]).tril(-1).any(-1)
+        return indices.masked_fill(repeated, -1)
     if indices.max() >= regions or indices.min() < -1:
         raise ValueError(f"routed_attention: indices must lie in -1 (padding) .. {regions - 1}")
     listed = indices.sort(-1).values
     if ((listed[..., 1:] == listed[..., :-1]) & (listed[..., 1:] >= 0)).any():
         raise ValueError("routed_attention: a list names a region twice, its keys would count twice")
+    return indices

@@ -6,6 +6,8 @@ memory quadratic in the number of pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,16 +17,15 @@ def routed_attention(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
-    region: tuple[int, int],
     bias: Tensor | None,
+    region: Sequence[int],
     scale: float,
     return_lse: bool,
     distinct: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Output `[B, H, W, heads, d]` and log-sum-exp `[B, H, W, heads]`; arguments as in `op.py`.
 
-    The two flags let other implementations save work; here the log-sum-exp is always at hand, and writing a
-    list as a mask needs no promise about it.
+    `distinct` lets other implementations save work; writing a list as a mask needs no promise about it.
     """
     height, width = q.shape[1:3]
     region_of = region_numbers(height, width, region, q.device)
@@ -44,11 +45,11 @@ def routed_attention(
     weights = (logits - lse).exp().masked_fill(empty, 0)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v.flatten(1, 2))
     lse = lse.masked_fill(empty, float("-inf")).squeeze(-1).transpose(1, 2)
-    return out.unflatten(1, (height, width)), lse.unflatten(1, (height, width))
+    return out.unflatten(1, (height, width)), lse.unflatten(1, (height, width)) if return_lse else None
 
 
 def region_numbers(
-    height: int, width: int, region: tuple[int, int], device: torch.device | None = None
+    height: int, width: int, region: Sequence[int], device: torch.device | None = None
 ) -> Tensor:
     """The region of each pixel `[H * W]`; regions and pixels in row-major order."""
     y = torch.arange(height, device=device) // region[0]

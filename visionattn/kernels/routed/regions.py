@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels.checks import pair
+from visionattn.kernels.precision import at_least_float32
 
-def to_rows(x: Tensor, region: tuple[int, int]) -> Tensor:
+
+def to_rows(x: Tensor, region: Sequence[int]) -> Tensor:
     """`[B * heads * regions, pixels, d]` of `[B, H, W, heads, d]`, border regions filled up with zeros."""
     bottom, right = -x.shape[1] % region[0], -x.shape[2] % region[1]
     x = F.pad(x, (0, 0, 0, 0, 0, right, 0, bottom)) if bottom or right else x
@@ -14,9 +20,55 @@ def to_rows(x: Tensor, region: tuple[int, int]) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(0, 3)
 
 
-def from_rows(x: Tensor, like: Tensor, region: tuple[int, int]) -> Tensor:
+def from_rows(x: Tensor, like: Tensor, region: Sequence[int]) -> Tensor:
     """The inverse of `to_rows`: rows `[..., pixels, n]` to the map `[B, H, W, heads, n]` of `like`."""
     batch, height, width, heads, _ = like.shape
     regions = -(-height // region[0]), -(-width // region[1])
     x = x.unflatten(1, region).unflatten(0, (batch, heads, *regions)).permute(0, 2, 4, 3, 5, 1, 6)
     return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+
+def region_means(x: Tensor, region: Sequence[int]) -> Tensor:
+    """Mean of each region of `[B, H, W, heads, d]` over its own pixels: `[B, regions, heads * d]`.
+
+    In float32 (float64 stays), whatever the dtype of the map.
+    """
+    x = at_least_float32(x.flatten(3))
+    height, width = x.shape[1:3]
+    if height % region[0] or width % region[1]:
+        x = F.avg_pool2d(x.permute(0, 3, 1, 2), region, ceil_mode=True, count_include_pad=False)
+        return x.flatten(2).transpose(1, 2)
+    x = x.unflatten(2, (-1, region[1])).unflatten(1, (-1, region[0]))
+    # Two sums, for PyTorch's sum over two separate axes at once is ten times slower on a CPU.
+    return (x.sum(4).sum(2) / (region[0] * region[1])).flatten(1, 2)
+
+
+def check_maps(name: str, q: Tensor, k: Tensor, region_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Check the maps `[B, H, W, heads, d]` that a selector called `name` compares; returns (height, width) of
+    a region.
+
+    Raises:
+        ValueError: shapes differ, the maps are empty or of integers, or region_size is not positive.
+    """
+    if q.dim() != 5 or q.shape != k.shape:
+        raise ValueError(
+            f"{name}: q and k must be [B, H, W, heads, head_dim] of one shape, got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if not torch.is_floating_point(q) or not all(q.shape[1:]):
+        raise ValueError(
+            f"{name}: q and k must be of a floating-point dtype and only their batch may be empty, got "
+            f"{q.dtype} of shape {tuple(q.shape)}"
+        )
+    return pair("region_size", region_size)
+
+
+def check_counts(name: str, **counts: int | None) -> None:
+    """Check that the arguments of a selector called `name` that count something are 1 or more; None is none.
+
+    Raises:
+        ValueError: one of them is less.
+    """
+    for argument, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: {argument} must be at least 1, got {count}")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn._compat import is_functorch_active
 from visionattn.kernels.precision import at_least_float32
 
-# Keys that are as few beside the queries, and in all, are taken as rows.
+# As few keys, and no more than queries, are taken as rows.
 _FEW = 64
 
 
@@ -20,15 +22,38 @@ def dense_attention(
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
     size = q.shape[1:3]
     q, k, v = (_by_head(x) for x in (q, k, v))
-    lse = None
     if return_lse:
         out, lse = attend_lse(q, k, v, bias, scale)
-        lse = lse.transpose(1, 2).unflatten(1, size)
-    elif k.shape[2] <= _FEW and k.shape[2] <= q.shape[2]:
-        out = attend_to_few(q, k, v, bias, scale)
-    else:
-        out = attend(q, k, v, bias, scale)
-    return out.transpose(1, 2).unflatten(1, size), lse
+        return _to_map(out, size), _to_map(lse, size)
+    if k.shape[2] <= _FEW and k.shape[2] <= q.shape[2]:
+        return _to_map(attend_to_few(q, k, v, bias, scale), size), None
+    if bias is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_functorch_active()
+        if not is_traced:
+            return _to_map(_Recorded.apply(q, k, v, scale), size), None
+    return _to_map(attend(q, k, v, bias, scale), size), None
+
+
+class _Recorded(torch.autograd.Function):
+    """PyTorch's fused attention, which keeps no weights, and its gradient; second derivatives by `attend`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        with torch.enable_grad():
+            ctx.inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            ctx.out = F.scaled_dot_product_attention(*ctx.inputs, scale=scale)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not torch.is_grad_enabled():
+            return *torch.autograd.grad(ctx.out, ctx.inputs, grad, retain_graph=True), None
+        wanted = [x for x in ctx.saved_tensors if x.requires_grad]
+        out = attend(*ctx.saved_tensors, bias=None, scale=ctx.scale)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        return *(next(found) if x.requires_grad else None for x in ctx.saved_tensors), None
 
 
 def gradients(
@@ -60,7 +85,7 @@ def gradients(
         grad_logits = grad_logits + grad_lse.flatten(1, 2).transpose(1, 2)[..., None]
     grad_logits = weights * grad_logits
     found = grad_logits @ key * scale, grad_logits.transpose(-2, -1) @ query * scale, grad_v
-    maps = (x.transpose(1, 2).unflatten(1, t.shape[1:3]).to(t.dtype) for x, t in zip(found, (q, k, v)))
+    maps = (_to_map(x, t.shape[1:3]).to(t.dtype) for x, t in zip(found, (q, k, v)))
     return *maps, None if bias is None else grad_logits.sum(0).to(bias.dtype)
 
 
@@ -117,6 +142,11 @@ def attend_to_few(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: f
 def _by_head(x: Tensor) -> Tensor:
     """`[B, heads, H * W, d]` of `[B, H, W, heads, d]`."""
     return x.flatten(1, 2).transpose(1, 2)
+
+
+def _to_map(x: Tensor, size: Sequence[int]) -> Tensor:
+    """`[B, H, W, heads, ...]` of `[B, heads, H * W, ...]`."""
+    return x.transpose(1, 2).unflatten(1, size)
 
 
 def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:

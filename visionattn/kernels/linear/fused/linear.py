@@ -6,174 +6,149 @@ multiplies the pixels of a map by such a sum. Everything runs in float32 from th
 imported only when a kernel runs.
 """
 
+# Inside kernels, constants and shapes follow Triton's rules.
+# pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels.dense.fused.attention import num_programs, place, split_rows
-from visionattn.kernels.routed.fused.forward import equally_strided, store_rows
+from visionattn.kernels.dense.fused.attention import Rows, Strides, num_programs, place, split_rows
+from visionattn.kernels.triton_rows import equally_strided, store_rows
+
+
+class Geometry(NamedTuple):
+    """The numbers that both kernels take.
+
+    Attributes:
+        heads: attention heads.
+        pixels: rows of the maps.
+        per_split: pixels that one program adds up.
+        images: the batch.
+        strides_a: of the map that is summed, or multiplied.
+        strides_b: of the other map of a sum; of the queries where there is a denominator.
+        strides_products: of rows and columns of the products, in either order.
+    """
+
+    heads: int
+    pixels: int
+    per_split: int
+    images: int
+    strides_a: Strides
+    strides_b: Strides
+    strides_products: tuple[int, int]
+
+
+class Form(NamedTuple):
+    """The constants that a kernel is compiled for: width of a head, numbers of it in a tile, pixels in a tile,
+    numbers that are multiplied at a time, and how products of float32 are computed."""
+
+    head_dim: int
+    block_d: int
+    pixels: int
+    inner: int
+    precision: str
 
 
 @triton.jit
-def load_part(base, offset, valid, first, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Some of the numbers of vectors, `[rows, BLOCK]` float32, zero where there are none."""
+def load_part(x, batch, head, rows, strides, first, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Load some of the numbers of vectors, `[rows, BLOCK]` float32, zero where there are none."""
     dim = first + tl.arange(0, BLOCK)
-    mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    return tl.load(base + offset[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = rows.valid[:, None] & (dim < HEAD_DIM)[None, :]
+    x += batch * strides.b + head * strides.h
+    return tl.load(x + (rows.number * strides.n)[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_vector(base, first, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Some of the numbers of one float32 vector."""
+def load_vector(base, image, first, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Load some of the numbers of the float32 vector of a head of an image."""
     dim = first + tl.arange(0, BLOCK)
-    return tl.load(base + dim, mask=dim < HEAD_DIM, other=0.0)
+    return tl.load(base + image * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
 
 
 @triton.jit
-def sum_kernel(
-    a,
-    b,
-    center,
-    factor,
-    slope,
-    products,
-    sums,
-    stride_ab,
-    stride_an,
-    stride_ah,
-    stride_bb,
-    stride_bn,
-    stride_bh,
-    heads,
-    pixels,
-    per_split,
-    images,
-    CENTERED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`Σ (a - center) (factor b)ᵀ` and `Σ slope a` over one split of the pixels: one tile of the products."""
-    tiles = tl.cdiv(HEAD_DIM, BLOCK_D)
+def sum_kernel(a, b, center, factor, slope, products, sums, g, FORM: tl.constexpr):
+    """`Σ (a - center) (factor b)ᵀ` and `Σ slope a` over one split of the pixels: one tile of the products.
+
+    Without a factor the sums are those of `b` and `a`.
+    """
+    tiles = tl.cdiv(FORM.head_dim, FORM.block_d)
     program = tl.program_id(0)
-    row, column = program // tiles % tiles * BLOCK_D, program % tiles * BLOCK_D
+    row, column = program // tiles % tiles * FORM.block_d, program % tiles * FORM.block_d
     image = program // (tiles * tiles)
-    batch, head = (image // heads).to(tl.int64), image % heads
+    batch, head = (image // g.heads).to(tl.int64), image % g.heads
     split = tl.program_id(1)
-    a += batch * stride_ab + head * stride_ah
-    b += batch * stride_bb + head * stride_bh
-    place_of_image = batch * pixels * heads
 
-    acc = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(split * per_split, tl.minimum((split + 1) * per_split, pixels), BLOCK_N):
-        pixel = start + tl.arange(0, BLOCK_N)
-        valid = pixel < pixels
-        left = load_part(a, pixel * stride_an, valid, row, HEAD_DIM, BLOCK_D)
-        right = load_part(b, pixel * stride_bn, valid, column, HEAD_DIM, BLOCK_D)
-        if WEIGHTED:
-            where = place_of_image + pixel * heads + head
-            total += tl.sum(left * tl.load(slope + where, mask=valid, other=0.0)[:, None], 0)
-            right *= tl.load(factor + where, mask=valid, other=0.0)[:, None]
+    acc = tl.zeros([FORM.block_d, FORM.block_d], tl.float32)
+    total = tl.zeros([FORM.block_d], tl.float32)
+    for start in range(split * g.per_split, tl.minimum((split + 1) * g.per_split, g.pixels), FORM.pixels):
+        number = start + tl.arange(0, FORM.pixels)
+        rows = Rows(number, number < g.pixels)
+        left = load_part(a, batch, head, rows, g.strides_a, row, FORM.head_dim, FORM.block_d)
+        right = load_part(b, batch, head, rows, g.strides_b, column, FORM.head_dim, FORM.block_d)
+        if factor is not None:
+            where = batch * g.pixels * g.heads + number * g.heads + head
+            total += tl.sum(left * tl.load(slope + where, mask=rows.valid, other=0.0)[:, None], 0)
+            right *= tl.load(factor + where, mask=rows.valid, other=0.0)[:, None]
         else:
             total += tl.sum(left, 0)
-        if CENTERED:
-            left -= load_vector(center + image * HEAD_DIM, row, HEAD_DIM, BLOCK_D)[None, :]
-        acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+        if center is not None:
+            left -= load_vector(center, image, row, FORM.head_dim, FORM.block_d)[None, :]
+        acc = tl.dot(tl.trans(left), right, acc, input_precision=FORM.precision)
 
-    part = (split * images * heads + image).to(tl.int64) * HEAD_DIM
-    rows, columns = row + tl.arange(0, BLOCK_D), column + tl.arange(0, BLOCK_D)
-    mask = (rows < HEAD_DIM)[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(products + part * HEAD_DIM + rows[:, None] * HEAD_DIM + columns[None, :], acc, mask=mask)
+    part = (split * g.images * g.heads + image).to(tl.int64) * FORM.head_dim
+    rows, columns = row + tl.arange(0, FORM.block_d), column + tl.arange(0, FORM.block_d)
+    mask = (rows < FORM.head_dim)[:, None] & (columns < FORM.head_dim)[None, :]
+    place = rows[:, None] * FORM.head_dim + columns[None, :]
+    tl.store(products + part * FORM.head_dim + place, acc, mask=mask)
     if column == 0:
-        tl.store(sums + part + rows, total, mask=rows < HEAD_DIM)
+        tl.store(sums + part + rows, total, mask=rows < FORM.head_dim)
 
 
 @triton.jit
 def apply_kernel(
-    x,
-    q,
-    products,
-    sums,
-    center,
-    base,
-    factor,
-    slope,
-    out,
-    stride_xb,
-    stride_xn,
-    stride_xh,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_in,
-    stride_out,
-    eps,
-    floor,
-    heads,
-    pixels,
-    CENTERED: tl.constexpr,
-    BASED: tl.constexpr,
-    DIVIDED: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, q, products, sums, center, base, factor, slope, out, eps, floor, g, FORM: tl.constexpr
 ):
-    """`(x - center) products + base` for one tile of pixels, with strides of the products of either order.
+    """`(x - center) products + base` for one tile of pixels.
 
-    `DIVIDED`: over `n = max(q sums + eps, floor)`. `GRADIENT`: x is that of such an output; the result is the
-    gradient of q, and `factor = 1 / n` and `slope`, the gradient of q sums, are kept.
+    With sums: over `n = max(q sums + eps, floor)`. With factor and slope, x is the gradient of such an output;
+    the result is that of q, and `factor = 1 / n` and `slope`, the gradient of q sums, are kept.
     """
-    batch, head, row, valid = place(tl.program_id(0), heads, pixels, BLOCK_N)
-    x += batch * stride_xb + head * stride_xh
-    image = batch * heads + head
-    columns = tl.arange(0, BLOCK_D)
+    batch, head, rows = place(tl.program_id(0), g.heads, g.pixels, FORM.pixels)
+    image = batch * g.heads + head
+    columns = tl.arange(0, FORM.block_d)
 
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for first in range(0, HEAD_DIM, BLOCK_I):
-        part = load_part(x, row * stride_xn, valid, first, HEAD_DIM, BLOCK_I)
-        if CENTERED:
-            part -= load_vector(center + image * HEAD_DIM, first, HEAD_DIM, BLOCK_I)[None, :]
-        rows = first + tl.arange(0, BLOCK_I)
-        tile = tl.load(
-            products
-            + image * HEAD_DIM * HEAD_DIM
-            + rows[:, None] * stride_in
-            + columns[None, :] * stride_out,
-            mask=(rows < HEAD_DIM)[:, None] & (columns < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(part, tile, acc, input_precision=PRECISION)
-    where = row * heads + head + batch * pixels * heads
-    if DIVIDED:
-        total = load_vector(sums + image * HEAD_DIM, 0, HEAD_DIM, BLOCK_D)
-        query = load_part(
-            q + batch * stride_qb + head * stride_qh, row * stride_qn, valid, 0, HEAD_DIM, BLOCK_D
-        )
+    acc = tl.zeros([FORM.pixels, FORM.block_d], tl.float32)
+    for first in range(0, FORM.head_dim, FORM.inner):
+        part = load_part(x, batch, head, rows, g.strides_a, first, FORM.head_dim, FORM.inner)
+        if center is not None:
+            part -= load_vector(center, image, first, FORM.head_dim, FORM.inner)[None, :]
+        inner = first + tl.arange(0, FORM.inner)
+        pointers = products + image * FORM.head_dim * FORM.head_dim
+        pointers += inner[:, None] * g.strides_products[0] + columns[None, :] * g.strides_products[1]
+        mask = (inner < FORM.head_dim)[:, None] & (columns < FORM.head_dim)[None, :]
+        acc = tl.dot(part, tl.load(pointers, mask=mask, other=0.0), acc, input_precision=FORM.precision)
+    where = rows.number * g.heads + head + batch * g.pixels * g.heads
+    if sums is not None:
+        total = load_vector(sums, image, 0, FORM.head_dim, FORM.block_d)
+        query = load_part(q, batch, head, rows, g.strides_b, 0, FORM.head_dim, FORM.block_d)
         denominator = tl.sum(query * total[None, :], 1) + eps
         inverse = 1.0 / tl.maximum(denominator, floor)
-        if GRADIENT:
+        if factor is not None:
             rate = tl.sum(query * acc, 1) * (inverse * inverse * -1.0)
             rate = tl.where(denominator >= floor, rate, 0.0)
-            tl.store(factor + where, inverse, mask=valid)
-            tl.store(slope + where, rate, mask=valid)
+            tl.store(factor + where, inverse, mask=rows.valid)
+            tl.store(slope + where, rate, mask=rows.valid)
             acc = acc * inverse[:, None] + rate[:, None] * total[None, :]
         else:
             acc *= inverse[:, None]
-    if BASED:
-        acc += load_vector(base + image * HEAD_DIM, 0, HEAD_DIM, BLOCK_D)[None, :]
-    out += batch * pixels * heads * HEAD_DIM
-    store_rows(out, (row * heads + head) * HEAD_DIM, valid, acc, HEAD_DIM, BLOCK_D)
+    if base is not None:
+        acc += load_vector(base, image, 0, FORM.head_dim, FORM.block_d)[None, :]
+    store_rows(out, where * FORM.head_dim, rows.valid, acc, FORM.head_dim, FORM.block_d)
 
 
 def forward(
@@ -230,28 +205,13 @@ def _sum(
     """`scale Σ (a - center) (rows[0] b)ᵀ` and `scale Σ rows[1] a` over the pixels of `[B, N, heads, d]`."""
     images, pixels, heads, dim = a.shape
     options = launch_options(a, "sum")
-    options |= {"CENTERED": center is not None, "WEIGHTED": rows is not None}
-    programs = images * heads * triton.cdiv(dim, options["BLOCK_D"]) ** 2
-    splits, per_split = split_rows(programs, pixels, options["BLOCK_N"])
+    form = options["FORM"]
+    programs = images * heads * triton.cdiv(dim, form.block_d) ** 2
+    splits, per_split = split_rows(programs, pixels, form.pixels)
     products = torch.empty(splits, images, heads, dim, dim, dtype=torch.float32, device=a.device)
     sums = torch.empty(splits, images, heads, dim, dtype=torch.float32, device=a.device)
-    factor, slope = rows or (sums, sums)
-    sum_kernel[(programs, splits)](
-        a,
-        b,
-        sums if center is None else center,
-        factor,
-        slope,
-        products,
-        sums,
-        **dict(zip(("stride_ab", "stride_an", "stride_ah"), a.stride())),
-        **dict(zip(("stride_bb", "stride_bn", "stride_bh"), b.stride())),
-        heads=heads,
-        pixels=pixels,
-        per_split=per_split,
-        images=images,
-        **options,
-    )
+    g = geometry(a, b, per_split=per_split)
+    sum_kernel[(programs, splits)](a, b, center, *(rows or (None, None)), products, sums, g, **options)
     return products.sum(0).mul_(scale), sums.sum(0).mul_(scale)
 
 
@@ -268,33 +228,22 @@ def _apply(
     rows: list[Tensor] | None = None,
 ) -> Tensor:
     """`(x - center) products + base` as `[B, N, heads, d]`, over a denominator where there are `sums`."""
-    pixels, heads = x.shape[1:3]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    query = x if query is None else query
-    factor, slope = rows or (out, out)
     options = launch_options(x, "apply")
-    options |= {"CENTERED": center is not None, "BASED": base is not None}
-    options |= {"DIVIDED": sums is not None, "GRADIENT": rows is not None}
-    apply_kernel[(num_programs(x, options["BLOCK_N"]),)](
-        x,
-        query,
-        products,
-        products if sums is None else sums,
-        products if center is None else center,
-        products if base is None else base,
-        factor,
-        slope,
-        out,
-        **dict(zip(("stride_xb", "stride_xn", "stride_xh"), x.stride())),
-        **dict(zip(("stride_qb", "stride_qn", "stride_qh"), query.stride())),
-        **dict(zip(("stride_in", "stride_out"), products.stride()[2:])),
-        eps=eps,
-        floor=floor,
-        heads=heads,
-        pixels=pixels,
-        **options,
+    g = geometry(x, x if query is None else query, products)
+    factor, slope = rows or (None, None)
+    apply_kernel[(num_programs(x, options["FORM"].pixels),)](
+        x, query, products, sums, center, base, factor, slope, out, eps, floor, g, **options
     )
     return out
+
+
+def geometry(a: Tensor, b: Tensor, products: Tensor | None = None, per_split: int = 0) -> Geometry:
+    """The numbers that both kernels take, for maps `[B, N, heads, d]`."""
+    images, pixels, heads, _ = a.shape
+    strides = Strides(*a.stride()[:3]), Strides(*b.stride()[:3])
+    places = (0, 0) if products is None else products.stride()[2:]
+    return Geometry(heads, pixels, per_split, images, *strides, (places[0], places[1]))
 
 
 def launch_options(x: Tensor, kernel: Literal["sum", "apply"], exact: bool | None = None) -> dict[str, Any]:
@@ -303,15 +252,13 @@ def launch_options(x: Tensor, kernel: Literal["sum", "apply"], exact: bool | Non
     dim = max(16, triton.next_power_of_2(x.shape[3]))
     if exact is None:
         exact = x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    options: dict[str, Any] = {
-        "HEAD_DIM": x.shape[3],
-        # The numbers of half precision are exact in TF32.
-        "PRECISION": "ieee" if exact else "tf32",
-        "num_stages": 1 if exact or dim > 64 else 2,
-    }
+    # The numbers of half precision are exact in TF32.
+    precision = "ieee" if exact else "tf32"
     if kernel == "sum":
         # Products in float32 do not run on matrix units and take registers for their operands.
         rows, warps = (32, 8) if x.dtype == torch.float32 else (64, 4)
-        return {**options, "BLOCK_D": min(dim, 64), "BLOCK_N": rows, "num_warps": warps}
-    rows = 64 if dim <= 64 else 32
-    return {**options, "BLOCK_D": dim, "BLOCK_N": rows, "BLOCK_I": min(dim, 32), "num_warps": 4}
+        form = Form(x.shape[3], min(dim, 64), rows, dim, precision)
+    else:
+        rows, warps = 64 if dim <= 64 else 32, 4
+        form = Form(x.shape[3], dim, rows, min(dim, 32), precision)
+    return {"FORM": form, "num_warps": warps, "num_stages": 1 if exact or dim > 64 else 2}

@@ -7,13 +7,26 @@ rows, in one order; the columns of a table are then summed along the diagonals o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels.routed.fused.forward import bias_geometry, geometry, load_bias
+from visionattn.kernels.routed.fused.geometry import (
+    Pixels,
+    bias_of_head,
+    bias_of_keys,
+    bias_of_queries,
+    is_table,
+    offset_of,
+    row_of,
+    rows_of_image,
+    scores,
+    set_of_lists,
+)
 from visionattn.kernels.triton_rows import LOG2_E, load_rows, padded_head_dim, precision
 
 
@@ -30,25 +43,9 @@ def bias_kernel(
     grad_bias,
     scale,
     batch,
-    stride_b,
-    stride_y,
-    stride_x,
-    stride_h,
-    listed_stride_b,
-    listed_stride_h,
-    heads,
-    height,
-    width,
-    region_h,
-    region_w,
-    regions_x,
+    strides,
     regions,
-    bias_start,
-    bias_stride_h,
-    bias_stride_qy,
-    bias_stride_qx,
-    bias_stride_ky,
-    bias_stride_kx,
+    bias_strides,
     IS_TABLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -56,6 +53,7 @@ def bias_kernel(
     PRECISION: tl.constexpr,
 ):
     """`grad_bias` `[heads, row pairs or distances, width, width]`: a tile of `BLOCK` by `BLOCK` columns."""
+    width, height = regions.width, regions.height
     tiles = tl.cdiv(width, BLOCK)
     program = tl.program_id(0)
     x = program % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -72,41 +70,39 @@ def bias_kernel(
         last = first + 1
         distance = entry % entries % height - first
     head = entry // entries
-    valid = x < width
-    key_valid = key_x < width
-    bias_of_head = head.to(tl.int64) * bias_stride_h
-    listed += head * listed_stride_h
+    bias = bias_of_head(bias, head, bias_strides)
 
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for step in range(batch * (last - first)):
         image = (step // (last - first)).to(tl.int64)
         y = first + step % (last - first)
-        key_y = y + distance
-        begin = image * stride_b + head * stride_h
-        query = load_rows(q + begin, y * stride_y + x * stride_x, valid, HEAD_DIM, BLOCK_D)
-        key = load_rows(k + begin, key_y * stride_y + key_x * stride_x, key_valid, HEAD_DIM, BLOCK_D)
-        value = load_rows(v + begin, key_y * stride_y + key_x * stride_x, key_valid, HEAD_DIM, BLOCK_D)
-        row = (y * width + x) * heads + head
-        start = image * height * width * heads
-        grad = load_rows(grad_out + start * HEAD_DIM, row * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-        norm = tl.load(lse + start + row, mask=valid, other=float("inf")) * LOG2_E
-        drop = tl.load(delta + start + row, mask=valid, other=0.0)
-        region = y // region_h * regions_x + x // region_w
-        key_region = key_y // region_h * regions_x + key_x // region_w
+        queries = Pixels(y, x, x < width)
+        keys = Pixels(y + distance, key_x, key_x < width)
+        begin = image * strides.b + head * strides.h
+        query = load_rows(q + begin, offset_of(queries, strides), queries.valid, HEAD_DIM, BLOCK_D)
+        key = load_rows(k + begin, offset_of(keys, strides), keys.valid, HEAD_DIM, BLOCK_D)
+        value = load_rows(v + begin, offset_of(keys, strides), keys.valid, HEAD_DIM, BLOCK_D)
+        row = row_of(queries, head, regions)
+        start = rows_of_image(image, regions)
+        grad = load_rows(grad_out + start * HEAD_DIM, row * HEAD_DIM, queries.valid, HEAD_DIM, BLOCK_D)
+        norm = tl.load(lse + start + row, mask=queries.valid, other=float("inf")) * LOG2_E
+        drop = tl.load(delta + start + row, mask=queries.valid, other=0.0)
+        region = queries.y // regions.region_h * regions.columns + x // regions.region_w
+        key_region = keys.y // regions.region_h * regions.columns + key_x // regions.region_w
+        own_lists = listed + set_of_lists(image, head, regions) * regions.count * regions.count
         seen = tl.load(
-            listed + image * listed_stride_b + region[:, None] * regions + key_region[None, :],
-            mask=valid[:, None] & key_valid[None, :],
+            own_lists + region[:, None] * regions.count + key_region[None, :],
+            mask=queries.valid[:, None] & keys.valid[None, :],
             other=0,
         )
-        bias_of_row = bias_start + y * bias_stride_qy + x * bias_stride_qx
-        bias_of_key = key_y * bias_stride_ky + key_x * bias_stride_kx
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
-        logits += load_bias(bias + bias_of_head, bias_of_row, bias_of_key, valid, key_valid)
+        own_part, part = bias_of_queries(queries, bias_strides), bias_of_keys(keys, bias_strides)
+        logits = scores(query, key, queries, keys, bias, own_part, part, scale, PRECISION)
         weights = tl.exp2(tl.where(seen != 0, logits - norm[:, None], float("-inf")))
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         acc += weights * (grad_weights - drop[:, None])
-    place = grad_bias + entry.to(tl.int64) * width * width
-    tl.store(place + x[:, None] * width + key_x[None, :], acc, mask=valid[:, None] & key_valid[None, :])
+    tile = grad_bias + entry.to(tl.int64) * width * width
+    mask = (x < width)[:, None] & (key_x < width)[None, :]
+    tl.store(tile + x[:, None] * width + key_x[None, :], acc, mask=mask)
 
 
 def bias_gradient(
@@ -118,37 +114,34 @@ def bias_gradient(
     lse: Tensor,
     grad_out: Tensor,
     delta: Tensor,
-    region: tuple[int, int],
     scale: float,
+    numbers: dict[str, Any],
 ) -> Tensor:
-    """The gradient of a table or of a dense bias, in its shape and dtype; the maps share their strides."""
+    """The gradient of a table or of a dense bias, in its shape and dtype.
+
+    The maps share their strides; `numbers` are their `geometry`.
+    """
     batch, height, width, heads, _ = q.shape
-    is_table = bias.shape[1:] == (2 * height - 1, 2 * width - 1)
-    entries = 2 * height - 1 if is_table else height * height
+    relative = is_table(bias, q)
+    entries = 2 * height - 1 if relative else height * height
     sums = torch.empty((heads, entries, width, width), dtype=torch.float32, device=q.device)
-    listed = listed_regions(indices)
-    shape = {**geometry(q, indices, region), **bias_geometry(bias, q)}
-    options = {name: value for name, value in shape.items() if name in bias_kernel.arg_names}
-    options |= {
-        "listed_stride_b": listed.stride(0),
-        "listed_stride_h": listed.stride(1) if listed.shape[1] > 1 else 0,
-        **bias_launch_options(q, is_table),
-    }
+    options = {**numbers, **bias_launch_options(q, relative)}
     grid = (heads * entries * triton.cdiv(width, options["BLOCK"]) ** 2,)
+    listed = listed_regions(indices)
     bias_kernel[grid](q, k, v, listed, bias, lse, grad_out, delta, sums, scale, batch, **options)
-    if is_table:
+    if relative:
         return _sum_of_diagonals(sums).to(bias.dtype)
     sums = sums.unflatten(1, (height, height)).transpose(2, 3)
     return sums.reshape(bias.shape).to(bias.dtype)
 
 
-def bias_launch_options(q: Tensor, is_table: bool) -> dict[str, object]:
+def bias_launch_options(q: Tensor, relative: bool) -> dict[str, Any]:
     """Tiles, warps and precision of `bias_kernel` for these shapes."""
     dim = padded_head_dim(q)
     single = q.dtype == torch.float32
     widest = 16 if dim > 128 else 32 if dim > 64 or single else 64
     return {
-        "IS_TABLE": is_table,
+        "IS_TABLE": relative,
         "HEAD_DIM": q.shape[4],
         "BLOCK_D": dim,
         "BLOCK": min(max(16, triton.next_power_of_2(q.shape[2])), widest),

@@ -8,14 +8,14 @@ the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from visionattn.kernels.dense.plain.attention import attend, attend_lse
-from visionattn.kernels.precision import without_autocast
+from visionattn.kernels.dense.plain.attention import attend, attend_lse, dense_attention
+from visionattn.kernels.precision import at_least_float32, without_autocast
 from visionattn.kernels.routed.reference import bias_of_pairs
 from visionattn.kernels.routed.regions import from_rows, to_rows
 
@@ -29,34 +29,57 @@ def routed_attention(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
-    region: tuple[int, int],
     bias: Tensor | None,
+    region: Sequence[int],
     scale: float,
     return_lse: bool,
     distinct: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
-    height, width, heads = q.shape[1:4]
     if distinct and indices.shape[3] == indices.shape[2]:
         # Every region is listed: attention of the whole map, no need to sort it by regions.
-        dense = None if bias is None else bias_of_pairs(bias, height, width)
-        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-        out, lse = _attend(q, k, v, dense, scale, return_lse)
-        return _to_map(out, height, width), None if lse is None else _to_map(lse, height, width)
-
-    whole = height % region[0] == 0 and width % region[1] == 0
-    pair_bias, empty = None, None
-    if bias is not None or not (whole and distinct):
-        pair_bias, empty = _pair_bias(indices, region, bias, height, width, whole, distinct, heads, q.dtype)
+        bias = None if bias is None else bias_of_pairs(bias, *q.shape[1:3])
+        return dense_attention(q, k, v, bias, scale, return_lse)
+    pair_bias, empty = _pair_bias(q, indices, bias, region, distinct)
     if return_lse or torch.compiler.is_compiling() or torch.jit.is_tracing():
         out, lse = _in_one_piece(q, k, v, indices, pair_bias, region, scale, return_lse)
     else:
         out, lse = _Chunked.apply(q, k, v, indices, pair_bias, region, scale), None
     if empty is not None:
-        empty = from_rows(empty.flatten(0, 2)[:, None, None].expand(-1, region[0] * region[1], 1), q, region)
         out = out.masked_fill(empty, 0)
         lse = None if lse is None else lse.masked_fill(empty.squeeze(-1), float("-inf"))
     return out, lse
+
+
+def gradients(
+    grads: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    region: Sequence[int],
+    scale: float,
+    return_lse: bool,
+    distinct: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v and the bias, without autograd."""
+    pair_bias, empty = _pair_bias(q, indices, bias, region, distinct)
+    grad_out, grad_lse = grads
+    grad_out = torch.zeros_like(q) if grad_out is None else grad_out
+    if empty is not None:
+        grad_out = grad_out.masked_fill(empty, 0)
+        grad_lse = None if grad_lse is None else grad_lse.masked_fill(empty.squeeze(-1), 0)
+    tensors = (grad_out, grad_lse, q, k, v, indices, pair_bias)
+    *found, grad_pairs = _chunked_gradients(*tensors, region, scale, wanted[3])
+    if bias is None or grad_pairs is None:
+        return *found, None
+    head, entry = _bias_entries(q, indices, bias, region)
+    grad_bias = torch.zeros_like(bias.flatten(1))
+    grad_pairs = grad_pairs.squeeze(1).unflatten(0, (len(q), q.shape[3], -1))
+    return *found, grad_bias.index_put_((head, entry), grad_pairs, accumulate=True).view(bias.shape)
 
 
 def _in_one_piece(
@@ -65,7 +88,7 @@ def _in_one_piece(
     v: Tensor,
     indices: Tensor,
     pair_bias: Tensor | None,
-    region: tuple[int, int],
+    region: Sequence[int],
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +111,7 @@ class _Chunked(torch.autograd.Function):
         v: Tensor,
         indices: Tensor,
         pair_bias: Tensor | None,
-        region: tuple[int, int],
+        region: Sequence[int],
         scale: float,
     ) -> Tensor:
         rows = _row_numbers(indices, q.shape[3])
@@ -109,10 +132,13 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients = _differentiable_gradients if torch.is_grad_enabled() else _chunked_gradients
         q, k, v, indices, pair_bias = ctx.saved_tensors
-        *grads, grad_bias = gradients(grad_out, q, k, v, indices, pair_bias, ctx.region, ctx.scale)
-        return *grads, None, grad_bias, None, None
+        if torch.is_grad_enabled():
+            grads = _differentiable_gradients(grad_out, q, k, v, indices, pair_bias, ctx.region, ctx.scale)
+        else:
+            tensors, with_bias = (grad_out, None, q, k, v, indices, pair_bias), ctx.needs_input_grad[4]
+            grads = _chunked_gradients(*tensors, ctx.region, ctx.scale, with_bias)
+        return *grads[:3], None, grads[3], None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -132,7 +158,7 @@ def _differentiable_gradients(
     v: Tensor,
     indices: Tensor,
     pair_bias: Tensor | None,
-    region: tuple[int, int],
+    region: Sequence[int],
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and pair_bias that can be differentiated again, by PyTorch's own rules."""
@@ -145,22 +171,27 @@ def _differentiable_gradients(
 
 def _chunked_gradients(
     grad_out: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     indices: Tensor,
     pair_bias: Tensor | None,
-    region: tuple[int, int],
+    region: Sequence[int],
     scale: float,
+    with_bias: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v and pair_bias. With P the weights and dP = dO Vᵀ: dS = P * (dP - rowsum(P * dP)),
-    dQ = scale dS K, dK = scale dSᵀ Q, dV = Pᵀ dO."""
+    """Gradients of q, k, v and, if wanted, pair_bias.
+
+    With P the weights and dP = dO Vᵀ: dS = P * (dP - rowsum(P * dP) + dLSE), dQ = scale dS K,
+    dK = scale dSᵀ Q, dV = Pᵀ dO.
+    """
     rows = _row_numbers(indices, q.shape[3])
     # In half precision the sums over all lists that name a key would lose their small terms.
-    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
-    queries, keys, values, outs = (to_rows(x, region).to(precision) for x in (q, k, v, grad_out))
+    queries, keys, values, outs = (at_least_float32(to_rows(x, region)) for x in (q, k, v, grad_out))
+    lses = None if grad_lse is None else to_rows(grad_lse[..., None], region)
     grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    grad_bias = None if pair_bias is None or not pair_bias.requires_grad else torch.empty_like(pair_bias)
+    grad_bias = torch.empty_like(pair_bias) if pair_bias is not None and with_bias else None
     with without_autocast(q):
         for part in _parts(rows, keys):
             key, value = _gather(rows[part], keys, values)
@@ -170,7 +201,8 @@ def _chunked_gradients(
                 weights += pair_bias[part].squeeze(1)
             weights = weights.softmax(-1)
             grad_logits = (grad @ value.transpose(1, 2)).mul_(weights)
-            grad_logits.addcmul_(weights, grad_logits.sum(-1, keepdim=True), value=-1)
+            total = grad_logits.sum(-1, keepdim=True)
+            grad_logits.addcmul_(weights, total if lses is None else total - lses[part], value=-1)
             if grad_bias is not None:
                 grad_bias[part] = grad_logits.sum_to_size(grad_bias[part].squeeze(1).shape)[:, None]
             torch.mul(grad_logits @ key, scale, out=grad_q[part])
@@ -199,11 +231,6 @@ def _attend(
     return attend_lse(q, k, v, bias, scale) if return_lse else (attend(q, k, v, bias, scale), None)
 
 
-def _to_map(x: Tensor, height: int, width: int) -> Tensor:
-    """`[B, H, W, heads, ...]` of `[B, heads, H * W, ...]`."""
-    return x.transpose(1, 2).unflatten(1, (height, width))
-
-
 def _row_numbers(indices: Tensor, heads: int) -> Tensor:
     """Rows of `to_rows` that the lists name, `[B * heads * regions, topk]`; padding reads a first row."""
     batch, _, regions, _ = indices.shape
@@ -212,49 +239,46 @@ def _row_numbers(indices: Tensor, heads: int) -> Tensor:
 
 
 def _pair_bias(
-    indices: Tensor,
-    region: tuple[int, int],
-    bias: Tensor | None,
-    height: int,
-    width: int,
-    whole: bool,
-    distinct: bool,
-    heads: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """What is added to the logits, -inf where a key is absent, `[B * heads * regions, 1, 1 | pixels, keys]`,
-    and which lists are empty `[B, heads, regions]` (their logits stay finite)."""
-    batch, _, regions, topk = indices.shape
-    shape = (batch, heads, regions, 1, topk * region[0] * region[1])
-    listed = indices.clamp(min=0).long()
-    total = indices.new_zeros(shape, dtype=dtype)
-    if bias is not None:
-        y, x = _pixels(region, height, width, indices.device)
-        query_y, query_x = (n.clamp(max=size - 1)[..., None] for n, size in ((y, height), (x, width)))
-        key_y, key_x = (n[listed].flatten(-2)[..., None, :] for n in (query_y[..., 0], query_x[..., 0]))
-        if bias.shape[1:] == (2 * height - 1, 2 * width - 1):
-            where = (key_y - query_y + height - 1) * (2 * width - 1) + key_x - query_x + width - 1
-        else:
-            where = (query_y * width + query_x) * height * width + key_y * width + key_x
-        head = torch.arange(heads, device=indices.device).view(-1, 1, 1, 1)
-        total = bias.flatten(1)[head, where]
-    if whole and distinct:
+    q: Tensor, indices: Tensor, bias: Tensor | None, region: Sequence[int], distinct: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The additions to the logits, -inf where a key is absent, `[B * heads * regions, 1, 1 | pixels, keys]`,
+    and which pixels have an empty list `[B, H, W, heads, 1]` (their logits stay finite); None for neither."""
+    batch, height, width, heads, _ = q.shape
+    is_whole = height % region[0] == 0 and width % region[1] == 0
+    if bias is None and is_whole and distinct:
+        return None, None
+    shape = (batch, heads, indices.shape[2], 1, indices.shape[3] * region[0] * region[1])
+    total = q.new_zeros(shape) if bias is None else bias.flatten(1)[_bias_entries(q, indices, bias, region)]
+    if is_whole and distinct:
         return total.flatten(0, 2)[:, None], None
     visible = (indices >= 0)[..., None].expand(*indices.shape, region[0] * region[1])
-    if not distinct:
-        repeated = (indices[..., :, None] == indices[..., None, :]).tril(-1).any(-1)
-        visible = visible & ~repeated[..., None]
-    if not whole:
+    if not is_whole:
         y, x = _pixels(region, height, width, indices.device)
-        visible = visible & ((y < height) & (x < width))[listed]
+        visible = visible & ((y < height) & (x < width))[indices.clamp(min=0).long()]
     empty = ~visible.flatten(-2).any(-1)
     visible = (visible.flatten(-2) | empty[..., None])[..., None, :]
     total = total.masked_fill(~visible, float("-inf"))
-    total = total.expand(batch, heads, *total.shape[2:]).flatten(0, 2)[:, None]
-    return total, empty.expand(batch, heads, regions)
+    total = total.expand(*shape[:3], *total.shape[3:]).flatten(0, 2)[:, None]
+    empty = empty.expand(*shape[:3]).flatten()[:, None, None].expand(-1, region[0] * region[1], 1)
+    return total, from_rows(empty, q, region)
 
 
-def _pixels(region: tuple[int, int], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _bias_entries(q: Tensor, indices: Tensor, bias: Tensor, region: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Head and number of the entry of a bias for every query and key `[B, heads, regions, pixels, keys]`."""
+    _, height, width, heads, _ = q.shape
+    y, x = _pixels(region, height, width, indices.device)
+    y, x = y.clamp(max=height - 1), x.clamp(max=width - 1)
+    listed = indices.clamp(min=0).long()
+    query_y, query_x = y[..., None], x[..., None]
+    key_y, key_x = (n[listed].flatten(-2)[..., None, :] for n in (y, x))
+    if bias.shape[1:] == (2 * height - 1, 2 * width - 1):
+        entry = (key_y - query_y + height - 1) * (2 * width - 1) + key_x - query_x + width - 1
+    else:
+        entry = (query_y * width + query_x) * height * width + key_y * width + key_x
+    return torch.arange(heads, device=indices.device).view(-1, 1, 1, 1), entry
+
+
+def _pixels(region: Sequence[int], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column of every pixel of every region `[regions, pixels]`, also of those beyond the map."""
     rows, columns = -(-height // region[0]), -(-width // region[1])
     y = torch.arange(rows * region[0], device=device).view(rows, 1, region[0], 1)
