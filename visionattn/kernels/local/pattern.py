@@ -114,6 +114,8 @@ class Axis:
 
     def groups(self) -> list[Group]:
         """The groups that dilation makes of the axis, those of equal length together."""
+        if self.dilation == 1:
+            return [Group(0, 1, self)]
         whole, longer = self.length // self.dilation, self.length % self.dilation
         sizes = [(0, longer, whole + 1), (longer, self.dilation - longer, whole)]
         return [

@@ -14,7 +14,7 @@ from visionattn.kernels.local.pattern import Axis, Call, Pattern
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """Output and, if asked for, log-sum-exp; maps as in `op.py`."""
+    """Compute the output and, if asked for, the log-sum-exp; maps as in `op.py`."""
     pattern, bias, scale, return_lse = call
     axes = [axis.visibility(*_pixels(axis, q.device)) for axis in (pattern.y, pattern.x)]
     visible = axes[0][0][:, None, :, None] & axes[1][0][None, :, None, :]

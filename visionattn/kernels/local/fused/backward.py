@@ -56,7 +56,7 @@ def shared_sum(grad, out, grad_lse, at, own, g, FORM: tl.constexpr):
 
 @triton.jit
 def query_kernel(q, k, v, bias, out, lse, grad_out, grad_lse, delta, grad_q, scale, g, FORM: tl.constexpr):
-    """Δ and the gradient of the queries of one tile."""
+    """Compute Δ and the gradient of the queries of one tile."""
     at = place(tl.program_id(0), g)
     own = own_tile(at, g, FORM)
     query = load_pixels(q, at, own, own.valid, g, FORM)
@@ -81,7 +81,7 @@ def query_kernel(q, k, v, bias, out, lse, grad_out, grad_lse, delta, grad_q, sca
 
 @triton.jit
 def key_kernel(q, k, v, bias, lse, grad_out, delta, grad_k, grad_v, scale, g, FORM: tl.constexpr):
-    """Gradients of one tile of keys and values."""
+    """Compute the gradients of one tile of keys and values."""
     at = place(tl.program_id(0), g)
     own = own_tile(at, g, FORM)
     key = load_pixels(k, at, own, own.valid, g, FORM)
@@ -125,7 +125,7 @@ def window_kernel(
     share,
     FORM: tl.constexpr,
 ):
-    """All gradients of every `share.slices`-th window of one head: five products instead of seven."""
+    """Compute all gradients of every `share.slices`-th window of one head: five products instead of seven."""
     head = tl.program_id(0) % g.heads
     piece = tl.program_id(0) // g.heads
     acc = tl.zeros([FORM.own, FORM.others], tl.float32)

@@ -123,7 +123,7 @@ def store_partial(partial, number, acc, FORM: tl.constexpr):
 
 @triton.jit
 def bias_kernel(q, k, v, bias, lse, grad_out, delta, partial, scale, g, share, FORM: tl.constexpr):
-    """Sums, over a share of the cells, of the logits' gradients of one head, part of a cell and tile of keys.
+    """Sum the logits' gradients of one head, part of a cell and tile of keys over a share of the cells.
 
     The key tile stands still while the rectangles of the queries move: the mask must be "pairs".
     """

@@ -30,7 +30,7 @@ from visionattn.kernels.triton_rows import LN_2, equally_strided
 
 @triton.jit
 def forward_kernel(q, k, v, bias, out, lse, scale, g, FORM: tl.constexpr):
-    """Output and log-sum-exp of one tile of queries."""
+    """Compute output and log-sum-exp of one tile of queries."""
     at = place(tl.program_id(0), g)
     own = own_tile(at, g, FORM)
     query = load_pixels(q, at, own, own.valid, g, FORM)
@@ -63,7 +63,7 @@ def forward_kernel(q, k, v, bias, out, lse, scale, g, FORM: tl.constexpr):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, W, heads, d]` and log-sum-exp `[B, H, W, heads]` float32."""
+    """Compute the output `[B, H, W, heads, d]` and the log-sum-exp `[B, H, W, heads]`, in float32."""
     q, k, v = equally_strided(q, k, v)
     pattern, bias = call.pattern, None if call.bias is None else call.bias.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

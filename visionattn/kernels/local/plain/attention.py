@@ -35,7 +35,7 @@ from visionattn.kernels.precision import without_autocast
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """Output and, if asked for, log-sum-exp; maps as in `op.py`."""
+    """Compute the output and, if asked for, the log-sum-exp; maps as in `op.py`."""
     pattern, bias, _, return_lse = call
     if any(isinstance(side, torch.SymInt) for side in q.shape[1:3]) and can_be_uniform(pattern, bias):
         return uniform_attention(q, k, v, call)
@@ -45,7 +45,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor
     is_transformed = torch._C._are_functorch_transforms_active()
     is_dilated = pattern.y.dilation > 1 or pattern.x.dilation > 1
     keeps = is_recorded and not (is_transformed or is_dilated or return_lse) and has_small_tiles(pattern, q)
-    # What records a call for autograd costs as much as the attention of a small map.
+    # Recording a call for autograd costs as much as the attention of a small map.
     attention = _Chunked.apply if is_recorded or is_transformed else _Chunked.forward
     out, *lse = attention(q, k, v, bias, call._replace(bias=None), [] if keeps else None)
     return out, lse[0] if lse else None
@@ -63,7 +63,7 @@ def attention_of_tiles(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Ten
 
 
 def _attend_tiles(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Attention of an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`."""
+    """Attend in an undilated pattern: `[B, H, W, heads, d]` and, if asked for, `[B, H, W, heads, 1]`."""
     rows, columns = tile_runs(call.pattern)
     queries = rectangles(q, rows, columns, "query")
     keys, values = (rectangles(x, rows, columns, "key") for x in (k, v))

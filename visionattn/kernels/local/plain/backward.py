@@ -173,7 +173,7 @@ def _step(matrices: Tensor, step: int, y: Run, rows: Segment, columns: Segment) 
 
 
 def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """`softmax(scale q kᵀ + bias)` of `[n * heads, pixels, d]` with a bias `[n | 1, heads | 1, nq, nk]`."""
+    """Compute `softmax(scale q kᵀ + bias)` of `[n * heads, pixels, d]`; bias `[n | 1, heads | 1, nq, nk]`."""
     logits = _scaled_product(q, k.mT, scale)
     if bias is not None:
         # A bias for each of the n tiles has all heads.
@@ -189,7 +189,7 @@ def _dense_backward(
     scale: float,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys, values and logits of dense attention.
+    """Compute the gradients of queries, keys, values and logits of dense attention.
 
     Args:
         queries: the queries, the gradient of the output and perhaps that of the log-sum-exp, all
@@ -209,7 +209,7 @@ def _dense_backward(
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`scale * a @ b` of batches of matrices in one pass."""
+    """Compute `scale * a @ b` of batches of matrices in one pass."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 

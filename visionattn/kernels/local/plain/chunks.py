@@ -103,7 +103,7 @@ def has_small_tiles(pattern: Pattern, q: Tensor) -> bool:
 
 @lru_cache(maxsize=64)
 def _keys_of_query(pattern: Pattern) -> float:
-    """How many keys the tile of a query has on average; infinitely many if tiles share them."""
+    """Average the keys of a tile over all queries; they are infinitely many if tiles share them."""
     rows, columns = tile_runs(pattern)
     if any(shares_keys(run) for run in (*rows, *columns)):
         return float("inf")

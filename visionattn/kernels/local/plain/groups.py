@@ -14,7 +14,7 @@ from visionattn.kernels.local.plain.tiles import concatenated
 def by_groups(
     pattern: Pattern, maps: Sequence[Tensor], function: Callable[..., tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    """Maps `[B, H, W, heads, d]` of a pattern from `function(undilated pattern, *maps of its group)`."""
+    """Put maps `[B, H, W, heads, d]` together from `function(undilated pattern, *maps of its group)`."""
     rows = []
     for y in pattern.y.groups():
         row = []
@@ -26,7 +26,7 @@ def by_groups(
 
 
 def _take_groups(x: Tensor, group: Group, axis: Axis, dim: int) -> Tensor:
-    """The groups of a dilated axis as part of the batch: `[count * B, ...]`, groups outermost."""
+    """Move the groups of a dilated axis into the batch: `[count * B, ...]`, groups outermost."""
     if axis.dilation == 1:
         return x
     if group.count == axis.dilation:
@@ -39,7 +39,7 @@ def _take_groups(x: Tensor, group: Group, axis: Axis, dim: int) -> Tensor:
 
 
 def _interleave(parts: list[tuple[Tensor, ...]], axis: Axis, dim: int) -> tuple[Tensor, ...]:
-    """The inverse of `_take_groups` over all groups of an axis."""
+    """Undo `_take_groups` for all groups of an axis."""
     if axis.dilation == 1:
         return parts[0]
     groups = axis.groups()

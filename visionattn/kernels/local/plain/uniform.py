@@ -46,7 +46,7 @@ def can_be_uniform(pattern: Pattern, bias: Tensor | None) -> bool:
 
 
 def uniform_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """Output and, if asked for, log-sum-exp; maps as in `op.py`."""
+    """Compute the output and, if asked for, the log-sum-exp; maps as in `op.py`."""
     pattern, bias, scale, return_lse = call
     y, x = (_uniform(axis, side, q) for axis, side in zip((pattern.y, pattern.x), TILE))
     queries = _gather(q, y.queries, x.queries, pattern)
