@@ -52,6 +52,7 @@ for _form in ("nat_isotropic", "dinat_isotropic", "vitrpb"):
     SMALL[_form] = {"depths": (4,), "embed_dim": 32, "num_heads": (2,), "mlp_ratio": 1}
 for _form in ("nat", "dinat"):
     SMALL[_form] = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 2, 4), "mlp_ratio": 1}
+SMALL["ninformer"] = {"img_size": (64, 96), "patch_size": 16, "embed_dim": 16, "hidden_dim": 24}
 SMALL["l2vit"] = {"depths": (2, 2, 2, 2), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}
 
 # Learnable parameters of the published networks.
@@ -127,6 +128,7 @@ PARAMETERS = {
     "hsdt_32": 2_053_174,
     "hsdt_pnp": 521_350,
     "hsdt_ssr": 521_251,
+    "ninformer_cifar10": 2_652_170,
     "pmnet": 19_993_613,
     "pmnet_small": 99_335,
     "rgt_s_x2": 10_051_055,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visionattn.models.frames.common import Block
+from visionattn.models.frames.common import Block, StridedConv2d
 from visionattn.models.frames.pyramid import MapSequential, Pyramid, Stage
 from visionattn.models.frames.tokens import TokenNetwork
 
@@ -27,7 +27,7 @@ def tokens(class_token: Any, **kwargs: Any) -> TokenNetwork:
         in_chans=3,
         num_classes=5,
         drop_rate=0.0,
-        patch_embed=nn.Conv2d(3, 8, 4, 4),
+        patch_embed=StridedConv2d(3, 8, 4, 4),
         patch_size=4,
         embed_dim=8,
         class_token=class_token,

@@ -18,6 +18,7 @@ from visionattn.models.hosts.swin import Swin
 from visionattn.models.hsdt import HSDT
 from visionattn.models.l2vit import L2ViT
 from visionattn.models.nat import NAT
+from visionattn.models.ninformer import NiNformer
 from visionattn.models.pmnet import PMNet
 from visionattn.models.rgt import RGT
 
@@ -34,6 +35,7 @@ __all__ = [
     "CSwin",
     "DeiT",
     "L2ViT",
+    "NiNformer",
     "PMNet",
     "RestorationInfo",
     "Swin",

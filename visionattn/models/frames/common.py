@@ -47,8 +47,8 @@ def init_linear(module: nn.Module) -> None:
 
 
 def build_backbone(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    """timm's `build_model_with_cfg`; `model_cls.features` says how many maps `features_only=True` gives."""
-    feature_cfg = {"out_indices": model_cls.features, "feature_cls": "getter"}
+    """timm's `build_model_with_cfg`; the class says how many of the last maps `features_only=True` gives."""
+    feature_cfg = {"out_indices": model_cls.count_features(**kwargs), "feature_cls": "getter"}
     return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, trunc_normal_
-from timm.models import checkpoint_seq
+from timm.models import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from visionattn._compat import feature_take_indices
@@ -123,6 +123,8 @@ class PatchEmbedding(nn.Module):
 class Pyramid(nn.Module):
     """A backbone of stages, each with its own resolution.
 
+    Maps are taken behind every stage; of an isotropic network, a single stage, behind every block.
+
     A family whose stages hand on more than one map (tokens of earlier stages, a second branch) lets them take
     and return what they like, and overrides `map_of`.
 
@@ -135,13 +137,11 @@ class Pyramid(nn.Module):
         stages: what follows; that behind the stem does not downsample.
         norm: of the last map.
         norm_eps: of the extra norms.
-        extra_norms: a LayerNorm per returned stage output, as official dense backbones have.
+        extra_norms: a LayerNorm per map that can be taken, as official dense backbones have.
         min_size: smallest input side in pixels.
         reductions: side of the image / side of the map, for every stage; by default 4, 8, 16, ...
     """
 
-    # How many of the last maps `features_only=True` gives; None for all.
-    features: int | None = None
     # Parameters whose names end so are not decayed, beyond timm's rule of one-dimensional ones.
     undecayed: tuple[str, ...] = ("relative_position_bias_table",)
 
@@ -165,22 +165,36 @@ class Pyramid(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = [stage.dim for stage in stages]
         reductions = reductions or [4 * 2**i for i in range(len(dims))]
+        levels = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (dim, reduction) in enumerate(zip(dims, reductions))
+        ]
+        if len(stages) == 1:  # isotropic
+            levels = [{**levels[0], "module": f"stages.0.blocks.{i}"} for i in range(len(stages[0].blocks))]
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.min_size = min_size
-        self.feature_info = [
-            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
-            for i, (dim, reduction) in enumerate(zip(dims, reductions))
-        ]
+        self.feature_info = levels
+        self.is_isotropic = len(stages) == 1
         self.stem = stem
         self.stages = nn.Sequential(*stages)
         self.norm = norm
-        self.extra_norms = (
-            nn.ModuleList(nn.LayerNorm(dim, eps=norm_eps, **dd) for dim in dims) if extra_norms else None
-        )
+        self.extra_norms = None
+        if extra_norms:
+            self.extra_norms = nn.ModuleList(nn.LayerNorm(x["num_chs"], eps=norm_eps, **dd) for x in levels)
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
+
+    @staticmethod
+    def count_features(**arguments: Any) -> int | None:
+        """How many of the last maps `features_only=True` gives: all, of an isotropic network three."""
+        return 3 if len(arguments.get("depths", ())) == 1 else None
+
+    @property
+    def levels(self) -> nn.Sequential:
+        """The modules behind which maps are taken."""
+        return self.stages.get_submodule("0.blocks") if self.is_isotropic else self.stages  # type: ignore
 
     def map_of(self, x: Any) -> Tensor:
         """The map `[B, H, W, C]` in what a stage returns."""
@@ -228,49 +242,55 @@ class Pyramid(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stage outputs, as timm defines this method.
+        """Outputs of levels, stages or blocks, as timm defines this method.
 
         Args:
             x: images `[B, C, H, W]`.
-            indices: which stages: the last n, a list, or all.
-            norm: apply the final norm to the last stage's output.
-            stop_early: do not run stages beyond the last one asked for.
+            indices: which levels: the last n, a list, or all.
+            norm: apply the final norm to the last output; in an isotropic network, to every one.
+            stop_early: do not run levels beyond the last one asked for.
             output_fmt: `"NCHW"`.
-            intermediates_only: return the stage outputs alone.
+            intermediates_only: return the outputs of levels alone.
 
         Returns:
-            Stage outputs `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next
-            stage sees the map before it), preceded by the final features unless `intermediates_only`.
+            Maps `[B, C_i, H / r_i, W / r_i]` (with `extra_norms`, each through its norm; the next level sees
+            the map before it), preceded by the final features unless `intermediates_only`.
 
         Raises:
             ValueError: another `output_fmt`, or an input that is too small.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        stages = self.stages[: max_index + 1] if stop_early else self.stages
-        last = len(self.stages) - 1
+        take_indices, max_index = feature_take_indices(len(self.levels), indices)
+        last = len(self.levels) - 1
+        levels = self.levels[: max_index + 1] if stop_early else self.levels
+        # Stages recompute their blocks by themselves.
+        recompute = self.is_isotropic and self.training and self.stages[0].grad_checkpointing
         intermediates = []
         x = self._stem(x)
-        for i, stage in enumerate(stages):
-            x = stage(x)
+        for i, level in enumerate(levels):
+            x = checkpoint(level, x) if recompute else level(x)
             if i in take_indices:
-                out = self.final_norm(self.map_of(x)) if norm and i == last else self.map_of(x)
+                out = self.map_of(x)
+                out = self.final_norm(out) if norm and (i == last or self.is_isotropic) else out
                 out = out if self.extra_norms is None else self.extra_norms[i](out)
                 intermediates.append(out.permute(0, 3, 1, 2))
         if intermediates_only:
             return intermediates
-        x = self.final_norm(self.map_of(x)) if len(stages) == len(self.stages) else self.map_of(x)
+        x = self.final_norm(self.map_of(x)) if len(levels) == last + 1 else self.map_of(x)
         return x.permute(0, 3, 1, 2), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the given stage outputs do not need; returns their indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        if prune_norm or max_index < len(self.stages) - 1:
+        """Remove what the outputs of the given levels do not need; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.levels), indices)
+        if prune_norm or max_index < len(self.levels) - 1:
             self.norm = nn.Identity()
-        self.stages = self.stages[: max_index + 1]
+        if self.is_isotropic:
+            self.stages[0].blocks = self.levels[: max_index + 1]
+        else:
+            self.stages = self.stages[: max_index + 1]
         if self.extra_norms is not None:
             self.extra_norms = nn.ModuleList(
                 norm if i in take_indices else nn.Identity()

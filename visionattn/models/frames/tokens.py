@@ -37,9 +37,6 @@ class TokenNetwork(nn.Module):
         norm: of the last tokens.
     """
 
-    # How many of the last maps `features_only=True` gives.
-    features: int | None = 3
-
     def __init__(
         self,
         in_chans: int,
@@ -83,7 +80,16 @@ class TokenNetwork(nn.Module):
             for i in range(len(self.blocks))
         ]
         self._set_pool(global_pool)
-        self.apply(init_linear)
+        self.apply(self.init_part)
+
+    def init_part(self, module: nn.Module) -> None:
+        """Draw the initial weights of a module of the network: of linear layers, the usual ones."""
+        init_linear(module)
+
+    @staticmethod
+    def count_features(**arguments: Any) -> int | None:
+        """How many of the last maps `features_only=True` gives: three, as of timm's ViTs."""
+        return 3
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed: the class token and the position embedding."""
@@ -112,7 +118,7 @@ class TokenNetwork(nn.Module):
         weight = next(self.parameters())
         dd: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes else nn.Identity()
-        self.head.apply(init_linear)
+        self.head.apply(self.init_part)
 
     def forward_intermediates(
         self,

@@ -14,9 +14,9 @@ from visionattn.kernels.checks import pair
 from visionattn.layers.linear import Linear
 from visionattn.models.frames.common import Block, Size, StridedConv2d, drop_path_rates, resize_square
 from visionattn.models.frames.tokens import TokenNetwork
-from visionattn.models.hosts.guest import Guest, square
+from visionattn.models.hosts.guest import Guest
 from visionattn.models.registry.names import Names
-from visionattn.models.registry.shapes import Shapes, classes_of
+from visionattn.models.registry.shapes import Shapes, classes_of, square
 from visionattn.models.registry.variants import Layout
 
 

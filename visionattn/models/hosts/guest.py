@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from visionattn.models.frames.common import Block, Size, build_backbone
 from visionattn.models.frames.tokens import TokenNetwork
-from visionattn.models.registry.shapes import Shapes, classes_of
+from visionattn.models.registry.shapes import Shapes, classes_of, square
 from visionattn.models.registry.variants import Layout, Variant, register
 
 Shape = tuple[int, ...]
@@ -125,11 +125,6 @@ def pyramid_arguments(ours: Shapes, guest: Guest) -> dict[str, Any] | None:
     if size := guest.size(ours, "stages.0.blocks.0.attn"):
         out["img_size"] = square(4 * size[0], 4 * size[1])
     return out
-
-
-def square(height: int, width: int) -> int | Size:
-    """A size as an argument: one number where both sides are equal."""
-    return height if height == width else (height, width)
 
 
 def register_guest(

@@ -78,6 +78,11 @@ def classes_of(shapes: Shapes) -> int:
     return weight[0] if weight else 0
 
 
+def square(height: int, width: int) -> int | tuple[int, int]:
+    """A size as an argument: one number where both sides are equal."""
+    return height if height == width else (height, width)
+
+
 def window_of(area: int, offsets: int) -> tuple[int, int] | None:
     """Height and width of the window of `area` pixels and `offsets` offsets, the shorter side first."""
     both = (4 * area + 1 - offsets) // 2
