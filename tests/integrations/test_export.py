@@ -47,11 +47,12 @@ def _fresh() -> None:
 )
 def test_every_family_as_a_program(name: str, tmp_path: Path):
     net = families.small(name)
-    done = export_network(net, tmp_path / "net.pt2", "program", size=(64, 64), batch=2)
-    assert done.sizes == ((2, 64, 64),)
+    size = net.img_size if net.pretrained_cfg["fixed_input_size"] else (64, 64)
+    done = export_network(net, tmp_path / "net.pt2", "program", size=size, batch=2)
+    assert done.sizes == ((2, *size),)
     assert done.difference <= export.TOLERANCE
     assert list(tmp_path.iterdir()) == [tmp_path / "net.pt2"]
-    image = torch.rand(2, net.pretrained_cfg["input_size"][0], 64, 64)
+    image = torch.rand(2, net.pretrained_cfg["input_size"][0], *size)
     loaded = torch.export.load(tmp_path / "net.pt2").module()
     with torch.no_grad():
         torch.testing.assert_close(loaded(image), net.eval()(image), rtol=1e-4, atol=1e-5)
@@ -72,6 +73,10 @@ def test_sizes_that_vary(tmp_path: Path):
 def test_sizes_of_every_family_vary(name: str, tmp_path: Path):
     net = families.small(name)
     side = 48 if hasattr(net, "info") else 256
+    if net.pretrained_cfg["fixed_input_size"]:
+        with pytest.raises(ExportError, match="images of one size"):
+            export_network(net, tmp_path / "net.pt2", "program", dynamic=True)
+        return
     done = export_network(net, tmp_path / "net.pt2", "program", size=(side, side), dynamic=True)
     assert set(done.refused) <= {(2, side // 2, side // 2)}, done
 

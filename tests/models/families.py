@@ -190,6 +190,12 @@ STRUCTURES = list({structure(name): name for name in reversed(ALL)}.values())[::
 RESTORATION = [name for name in STRUCTURES if hasattr(small(name, device="meta"), "info")]
 # Networks of tokens with a class token, not of maps: their own tests stand in test_linear_hosts.py.
 TOKENS = [name for name in STRUCTURES if hasattr(small(name, device="meta"), "num_prefix_tokens")]
+# Backbones for images of any size, as detectors and segmenters have them.
+ANY_SIZE = [
+    name
+    for name in STRUCTURES
+    if name not in RESTORATION and not small(name, device="meta").pretrained_cfg["fixed_input_size"]
+]
 CLASSIFICATION = [name for name in STRUCTURES if name not in RESTORATION + TOKENS]
 DROP_PATH = [
     name

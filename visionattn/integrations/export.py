@@ -127,10 +127,12 @@ def trace_network(
     """The program of a network for inference; arguments as in `export_network`.
 
     Raises:
-        ExportError: the network cannot be traced.
+        ExportError: the network cannot be traced, or takes images of one size and is to take any.
     """
     network = network.eval()
     cfg: Any = network.pretrained_cfg
+    if dynamic and cfg["fixed_input_size"]:
+        raise ExportError(f"{type(network).__name__} takes images of one size: export it for that one")
     channels, *usual = cfg["input_size"]
     height, width = size or usual
     # With one image, PyTorch would take the batch for a constant.

@@ -47,6 +47,7 @@ NETWORKS = (
     "l2vit_t",
     "nat_mini",
     "nat_isotropic_small",
+    "ninformer_cifar10",
     "pmnet_small",
     "rgt_s_x2",
 )
@@ -82,11 +83,13 @@ def try_exports(names: Sequence[str] = NETWORKS, formats: Sequence[Format] = tup
         network = timm.create_model(name, **shortened(name))
         # Large enough for the usual way through every network: no map is less than a window.
         side = 48 if hasattr(network, "info") else 256
+        cfg = network.pretrained_cfg
+        size = cfg["input_size"][1:] if cfg["fixed_input_size"] else (side, side)
         results: dict[tuple[Format, bool], str] = {}
         for dynamic in (False, True):
             try:
                 # One trace for all formats: it takes most of the time.
-                trace = trace_network(network, size=(side, side), dynamic=dynamic)
+                trace = trace_network(network, size=size, dynamic=dynamic)
             except ExportError as error:
                 results |= {(format, dynamic): str(error) for format in formats}
             else:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import CLASSIFICATION, SMALL, TOKENS, prefix
+from families import ANY_SIZE, SMALL, prefix
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -98,7 +98,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
         MODELS.build({"type": "VisionAttnBackbone", "name": "biformer_tiny", **options})
 
 
-@pytest.mark.parametrize("name", [*CLASSIFICATION, *TOKENS])
+@pytest.mark.parametrize("name", ANY_SIZE)
 def test_every_backbone_at_an_odd_size(name: str) -> None:
     backbone = build(name)
     info = backbone.net.feature_info

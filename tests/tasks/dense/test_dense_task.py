@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import CLASSIFICATION, FAMILIES, SMALL, TOKENS, prefix
+from families import ANY_SIZE, FAMILIES, SMALL, prefix
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,7 +29,7 @@ from visionattn.tasks.dense.segmenters import SegmenterOptions, create_segmenter
 # One variant of every family in the default suite, those of the same family with the slow tests.
 BACKBONES = [
     name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow)  # families share their layers
-    for name in CLASSIFICATION + TOKENS
+    for name in ANY_SIZE
 ]
 ODD = (67, 45)
 BIFORMER = ModelConfig(name="biformer_tiny", kwargs=SMALL["biformer"])
