@@ -37,13 +37,10 @@ def initialised(net: CATANet) -> CATANet:
     return net
 
 
-@pytest.mark.parametrize(
-    ("variant", "parameters"), [("catanet_x2", 477_435), ("catanet_x3", 549_635), ("catanet_x4", 535_195)]
-)
-def test_official_variants(variant: str, parameters: int):
+@pytest.mark.parametrize("variant", ["catanet_x2", "catanet_x3", "catanet_x4"])
+def test_official_variants(variant: str):
     assert sorted(list_models("catanet*")) == ["catanet_x2", "catanet_x3", "catanet_x4"]
     net = timm.create_model(variant)
-    assert sum(p.numel() for p in net.parameters()) == parameters
     assert net.info.upscale == int(variant[-1])
     cfg = net.pretrained_cfg
     assert cfg["tag"] == "div2k"

@@ -18,13 +18,10 @@ def small(**kwargs: object) -> CRAFT:
     return timm.create_model("craft_x2", **{"depths": (1, 1), **kwargs})
 
 
-@pytest.mark.parametrize(
-    ("variant", "parameters"), [("craft_x2", 737_756), ("craft_x3", 744_251), ("craft_x4", 753_344)]
-)
-def test_official_variants(variant: str, parameters: int):
+@pytest.mark.parametrize("variant", ["craft_x2", "craft_x3", "craft_x4"])
+def test_official_variants(variant: str):
     assert sorted(list_models("craft*")) == ["craft_x2", "craft_x3", "craft_x4"]
     net = timm.create_model(variant)
-    assert sum(p.numel() for p in net.parameters()) == parameters
     assert net.info.upscale == int(variant[-1])
     cfg = net.pretrained_cfg
     assert cfg["tag"] == "div2k"

@@ -20,21 +20,10 @@ def small(**kwargs: object) -> RGT:
     return timm.create_model("rgt_x2", **{"embed_dim": 96, "depths": (3, 2), **kwargs})
 
 
-@pytest.mark.parametrize(
-    ("variant", "parameters"),
-    [
-        ("rgt_s_x2", 10_051_055),
-        ("rgt_s_x3", 10_235_695),
-        ("rgt_s_x4", 10_198_767),
-        ("rgt_x2", 13_217_831),
-        ("rgt_x3", 13_402_471),
-        ("rgt_x4", 13_365_543),
-    ],
-)
-def test_official_variants(variant: str, parameters: int):
+@pytest.mark.parametrize("variant", ["rgt_s_x2", "rgt_s_x3", "rgt_s_x4", "rgt_x2", "rgt_x3", "rgt_x4"])
+def test_official_variants(variant: str):
     assert variant in list_models("rgt*")
     net = timm.create_model(variant, device="meta")
-    assert sum(p.numel() for p in net.parameters()) == parameters
     assert net.info.upscale == int(variant[-1])
     cfg = net.pretrained_cfg
     assert cfg["tag"] == "df2k"

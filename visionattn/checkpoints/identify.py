@@ -35,7 +35,7 @@ _BACKBONE = "backbone."
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint is.
+    """A checkpoint names a network, in these words.
 
     Attributes:
         name: the registered network that is nearest.
@@ -255,7 +255,7 @@ def _plain(value: Any) -> Any:
 
 
 def _fit(identity: Identity, layout: Layout, ours: dict[str, Tensor]) -> LoadReport | str:
-    """What of weights in our layout does not fit the network; the reason why there is none."""
+    """Hold weights in our layout against the network: their misfits, or why there is no network."""
     try:
         network = timm.create_model(identity.name, **identity.arguments, device="meta")
     except (TypeError, ValueError, RuntimeError) as error:

@@ -23,7 +23,7 @@ _BACKBONES = ("backbone.body.model.", "backbone.body.", "backbone.")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What did not fit when weights were loaded; all empty after a strict load.
+    """The misfits of a load; all empty after a strict one.
 
     Attributes:
         missing: parameters and buffers of the model that the checkpoint lacks.
@@ -126,7 +126,7 @@ def _converting(layout: Layout) -> Iterator[None]:
 
 
 def compare(network: nn.Module, weights: Mapping[str, Tensor], features_only: bool = False) -> LoadReport:
-    """What of converted weights does not fit a network, apart from stored indices and parts that it lacks."""
+    """Find the converted weights that do not fit a network, stored indices and parts that it lacks aside."""
     own = network.state_dict()
     kept = {
         name: value

@@ -67,7 +67,7 @@ class FPN(nn.Module):
 
 
 class Head(nn.Module):
-    """What all heads end with: dropout of whole channels, and a linear classifier of every pixel.
+    """Classify every pixel: dropout of whole channels, then a linear layer.
 
     Args:
         channels: channels before the classifier.

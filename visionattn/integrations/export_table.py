@@ -83,7 +83,7 @@ def try_exports(names: Sequence[str] = NETWORKS, formats: Sequence[Format] = tup
         network = timm.create_model(name, **shortened(name))
         # Large enough for the usual way through every network: no map is less than a window.
         side = 48 if hasattr(network, "info") else 256
-        cfg = network.pretrained_cfg
+        cfg: Any = network.pretrained_cfg
         size = cfg["input_size"][1:] if cfg["fixed_input_size"] else (side, side)
         results: dict[tuple[Format, bool], str] = {}
         for dynamic in (False, True):

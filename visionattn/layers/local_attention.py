@@ -15,7 +15,7 @@ from visionattn.layers.linear import Linear
 
 
 class _LocalAttention2d(nn.Module):
-    """What the layers share: the projections and the bias table `rpb`, key minus query."""
+    """Project to queries, keys and values and back, with a bias table `rpb`, key minus query."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What layers on channels-last maps `[B, H, W, C]` need again and again."""
+"""Convolve, fill up and measure channels-last maps `[B, H, W, C]`: small functions that layers share."""
 
 from __future__ import annotations
 

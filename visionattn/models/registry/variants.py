@@ -72,7 +72,7 @@ class Layout:
         return self.convert({self.rename(name): value for name, value in official.items()})
 
     def checkpoint_filter_fn(self, state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-        """What timm calls on a file: unwrap, convert, fit to the sizes of the network."""
+        """Unwrap, convert and fit a file to the sizes of the network: the filter that timm calls."""
         return self.fit(self.to_ours(unwrap(state_dict)[0]), model)
 
 

@@ -25,13 +25,20 @@ def dense_attention(
     if return_lse:
         out, lse = attend_lse(q, k, v, bias, scale)
         return _to_map(out, size), _to_map(lse, size)
-    if k.shape[2] <= _FEW and k.shape[2] <= q.shape[2]:
+    if _are_few(k.shape[2], q.shape[2]):
         return _to_map(attend_to_few(q, k, v, bias, scale), size), None
     if bias is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_functorch_active()
         if not is_traced:
             return _to_map(_Recorded.apply(q, k, v, scale), size), None
     return _to_map(attend(q, k, v, bias, scale), size), None
+
+
+def _are_few(keys: int, queries: int) -> bool:
+    """Whether keys are taken as rows. A size that varies decides nothing: the program is to be for all."""
+    if isinstance(keys, torch.SymInt):
+        return False
+    return keys <= _FEW and (isinstance(queries, torch.SymInt) or keys <= queries)
 
 
 class _Recorded(torch.autograd.Function):

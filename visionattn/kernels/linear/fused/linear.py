@@ -191,7 +191,7 @@ def backward(
 def _state(
     k: Tensor, v: Tensor, normalize: str, scale: float
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor | None]]:
-    """What all queries share: products `[B, heads, d, d]`, the scale in them; for "sum" also the sum of the
+    """Sum over the keys, once for all queries: products `[B, heads, d, d]`, scaled; for "sum" also the sum of
     keys `[B, heads, d]`, for "injective" the means of keys and values."""
     means = None, None
     if normalize == "injective":

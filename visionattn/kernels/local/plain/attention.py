@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionattn._compat import is_functorch_active
 from visionattn.kernels.dense.plain.attention import attend, attend_lse
 from visionattn.kernels.local.pattern import Call, Pattern
 from visionattn.kernels.local.plain.backward import attention_weights, local_attention_backward
@@ -42,7 +43,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return attention_of_tiles(q, k, v, call)
     is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
-    is_transformed = torch._C._are_functorch_transforms_active()
+    is_transformed = is_functorch_active()
     is_dilated = pattern.y.dilation > 1 or pattern.x.dilation > 1
     keeps = is_recorded and not (is_transformed or is_dilated or return_lse) and has_small_tiles(pattern, q)
     # Recording a call for autograd costs as much as the attention of a small map.
