@@ -20,7 +20,7 @@ class TheirRoutingAttention(BiLevelRoutingAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        region = self._region_size(*x.shape[1:3])
+        region = self.region_size_of(*x.shape[1:3])
         return (_by_regions if self.pad == "input" else _by_maps)(self, x, region)
 
 

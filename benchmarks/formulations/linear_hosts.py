@@ -25,7 +25,7 @@ Size = tuple[int, int]
 class ImagesInPlanes(Pyramid):
     """Images stay in planes."""
 
-    def _stem(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
         """`[B, in_chans, H, W]` to `[B, H / s, W / s, C]`."""
         return self.stem(x.permute(0, 2, 3, 1))
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels import routed_attention, use_backend
+from visionattn.kernels import dense_attention, routed_attention, use_backend
 from visionattn.kernels.routed.selectors.table import SELECTORS
 from visionattn.layers import BiLevelRoutingAttention, RoutedAttention2d
 
@@ -83,6 +83,13 @@ def test_bilevel_routing_is_a_case_of_it() -> None:
     net.load_state_dict(bilevel.state_dict())
     x = torch.randn(2, 7, 8, 16, dtype=torch.float64)
     assert torch.equal(net(x), bilevel(x))
+
+
+def test_without_a_region_size_the_map_is_one_region() -> None:
+    net = RoutedAttention2d(8, 2, "topk", None, topk=1).double()
+    x = torch.randn(2, 5, 7, 8, dtype=torch.float64)
+    q, k, v = net.qkv(x).unflatten(-1, (3, 2, -1)).unbind(3)
+    torch.testing.assert_close(net(x), net.proj(dense_attention(q, k, v).flatten(3)))
 
 
 @pytest.mark.parametrize(

@@ -51,18 +51,23 @@ class BiLevelRoutingAttention(RoutedAttention2d):
         self.topk = topk
         self.auto_pad = auto_pad
 
-    def _cut(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def cut(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Sizes of a region and of the filled-up map.
 
         Raises:
             ValueError: a side that cannot be cut into `n_win` regions under the padding rule.
         """
-        rows, columns = region = self._region_size(height, width)
+        rows, columns = region = self.region_size_of(height, width)
         if self.pad == "input":
             return region, (self.n_win * rows, self.n_win * columns)
         return region, (rows * -(-height // rows), columns * -(-width // columns))
 
-    def _region_size(self, height: int, width: int) -> tuple[int, int]:
+    def region_size_of(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) of a region of a map of this size.
+
+        Raises:
+            ValueError: a side that cannot be cut into `n_win` regions under the padding rule.
+        """
         n = self.n_win
         if not self.auto_pad and (height % n or width % n):
             raise ValueError(f"auto_pad=False needs maps divisible by n_win={n}, got {height}x{width}")

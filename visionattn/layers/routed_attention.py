@@ -31,8 +31,7 @@ class RoutedAttention2d(nn.Module):
         selector: how lists are made: the name of a selector, or a `Selector`. `"topk"`: the `topk` regions of
             largest affinity (BiFormer, `visionattn.kernels.topk_regions`); `"antidiagonal"`: the fewest that
             hold `threshold` of the attention (XAttention, `visionattn.kernels.antidiagonal_regions`).
-        region_size: side of a region in pixels, or (height, width); None for a subclass whose `_cut` finds it
-            from the size of the map.
+        region_size: side of a region in pixels, or (height, width); None makes the whole map one region.
         pad: how maps that regions do not divide are filled up on the right and bottom. None: not at all,
             border regions are smaller. `"input"`: zero pixels before the projection, so that their keys and
             values are its bias, and they count in the choice of regions. `"projected"`: zero keys and values,
@@ -82,7 +81,7 @@ class RoutedAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
         height, width = x.shape[1:3]
-        region, filled = self._cut(height, width)
+        region, filled = self.cut(height, width)
         if self.pad == "input":
             x = extend_to(x, *filled)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
@@ -96,11 +95,9 @@ class RoutedAttention2d(nn.Module):
         out = out.flatten(3)[:, :height, :width]
         return self.proj(out if local is None else out + local[:, :height, :width])
 
-    def _cut(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def cut(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """The (height, width) of a region of a map, and of the map where `pad` fills it up."""
-        if self.region_size is None:
-            raise NotImplementedError("a layer without a region_size needs a _cut of its own")
-        rows, columns = self.region_size
+        rows, columns = self.region_size or (height, width)
         return (rows, columns), (rows * -(-height // rows), columns * -(-width // columns))
 
 

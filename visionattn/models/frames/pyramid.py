@@ -267,7 +267,7 @@ class Pyramid(nn.Module):
         # Stages recompute their blocks by themselves.
         recompute = self.is_isotropic and self.training and self.stages[0].grad_checkpointing
         intermediates = []
-        x = self._stem(x)
+        x = self.embed(x)
         for i, level in enumerate(levels):
             x = checkpoint(level, x) if recompute else level(x)
             if i in take_indices:
@@ -306,7 +306,7 @@ class Pyramid(nn.Module):
         Raises:
             ValueError: an input that is too small; the message says the smallest size.
         """
-        return self.final_norm(self.map_of(self.stages(self._stem(x)))).permute(0, 3, 1, 2)
+        return self.final_norm(self.map_of(self.stages(self.embed(x)))).permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map to logits `[B, num_classes]`, or with `pre_logits` to pooled features `[B, C]`."""
@@ -316,6 +316,11 @@ class Pyramid(nn.Module):
         """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
 
-    def _stem(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to the first map `[B, H / s, W / s, C]`.
+
+        Raises:
+            ValueError: an input that is too small; the message says the smallest size.
+        """
         check_size(x, self.min_size)
         return self.stem(x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))

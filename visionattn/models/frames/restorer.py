@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -58,7 +59,7 @@ class RestorationInfo:
     out_channels: int | None = None
 
 
-class Restorer(nn.Module):
+class Restorer(nn.Module, ABC):
     """A network from images `[B, in_chans, H, W]` to restored ones, of any size that its record allows.
 
     A family makes the record, says in `restore` what becomes of an image whose size it takes, and sorts its
@@ -101,9 +102,9 @@ class Restorer(nn.Module):
         """
         return self.cropped(self.restore(self.padded(x)), x)
 
+    @abstractmethod
     def restore(self, x: Tensor) -> Tensor:
         """Filled-up images `[B, in_chans, H, W]` to `[B, in_chans, upscale * H, upscale * W]`."""
-        raise NotImplementedError
 
     def padded(self, x: Tensor) -> Tensor:
         """Images, reflected on the right and bottom up to `info.size_multiple`.
