@@ -232,14 +232,17 @@ class HSDT(Restorer):
         """
         maps = self._input_maps(x, noise_level)
         padded = self.padded(maps.flatten(1, 2)).unflatten(1, maps.shape[1:3])
-        y = self.forward_features(padded.permute(0, 2, 3, 4, 1).contiguous())
+        y = self.cropped(self.restore(padded), x)
+        return y if x.dim() == 5 else y[:, 0]
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Filled-up input maps `[B, 1 or 2, D, H, W]` to clean images `[B, 1, D, H, W]`."""
+        y = self.forward_features(x.permute(0, 2, 3, 4, 1).contiguous())
 
         def tail(y: Tensor, x: Tensor) -> Tensor:
             return x + self.tail(y)
 
-        y = convolved(tail, y, padded[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2)
-        y = self.cropped(y.permute(0, 4, 1, 2, 3), x)
-        return y if x.dim() == 5 else y[:, 0]
+        return convolved(tail, y, x[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2).permute(0, 4, 1, 2, 3)
 
     def _input_maps(self, x: Tensor, noise_level: Tensor | float | None) -> Tensor:
         """`[B, 1 or 2, D, H, W]`: the image, and the noise map if the network takes one."""
