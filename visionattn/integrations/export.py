@@ -131,7 +131,7 @@ def trace_network(
     """
     network = network.eval()
     cfg: Any = network.pretrained_cfg
-    if dynamic and cfg["fixed_input_size"]:
+    if dynamic and cfg.get("fixed_input_size"):
         raise ExportError(f"{type(network).__name__} takes images of one size: export it for that one")
     channels, *usual = cfg["input_size"]
     height, width = size or usual
