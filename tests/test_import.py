@@ -65,7 +65,8 @@ def test_networks_are_registered_in_every_order_of_imports() -> None:
 def test_timm_stays_as_it_was_loaded() -> None:
     printed = run(
         "import sys; before = list(sys.meta_path); import visionattn, timm, importlib\n"
-        "assert sys.meta_path == before, sys.meta_path\n"
+        # Old releases of setuptools, which PyTorch imports, leave finders of their own.
+        "assert not [x for x in sys.meta_path if x not in before and 'visionattn' in type(x).__module__]\n"
         "assert timm.__spec__.loader is timm.__loader__\n"
         "print(type(timm.__loader__).__name__); importlib.reload(timm)"
     )

@@ -292,6 +292,8 @@ def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for mlp in [name.removesuffix(first) for name in out if name.endswith(f".mlp.{first}")]:
         scales = [out.pop(f"{mlp}scale_{edge}").flatten() for edge in _EDGES]
         biases = [out.pop(f"{mlp}{edge}_bias") for edge in _EDGES]
+        if len({x.shape for x in biases}) > 1 or len({x.shape for x in scales}) > 1:
+            raise ValueError(f"the edge operators of {mlp.removesuffix('.')} differ in size")
         out[f"{mlp}pos.edge_scale"] = torch.stack(scales, 1)
         out[f"{mlp}pos.edge_bias"] = torch.stack(biases, 1)
     return out
