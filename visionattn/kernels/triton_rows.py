@@ -17,7 +17,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Strides(NamedTuple):
-    """Of maps `[B, H, W, heads, d]`, in numbers; those of the rows and columns are of pixels."""
+    """The strides of maps `[B, H, W, heads, ...]`, in numbers; `y` and `x` from pixel to pixel."""
 
     b: int
     y: int

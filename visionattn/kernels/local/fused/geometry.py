@@ -16,16 +16,7 @@ from torch import Tensor
 
 from visionattn.kernels.local.fused.tiling import Mask, Owner, TiledAxis, Tiling, tiling
 from visionattn.kernels.local.pattern import Pattern
-from visionattn.kernels.triton_rows import load_rows, padded_head_dim, precision, store_rows
-
-
-class Strides(NamedTuple):
-    """The strides of maps `[B, H, W, heads, ...]`, in numbers; `y` and `x` from pixel to pixel."""
-
-    b: int
-    y: int
-    x: int
-    h: int
+from visionattn.kernels.triton_rows import Strides, load_rows, padded_head_dim, precision, store_rows
 
 
 class Geometry(NamedTuple):
