@@ -45,7 +45,8 @@ def _fused_gradients(
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
-    if plain.is_extended(q, k, call):
+    is_plain = call.counts is None and q.shape == k.shape and tuple(call.query_region) == tuple(call.region)
+    if not is_plain:
         return "the fused kernels know no counts, query regions or key maps of their own"
     return None
 
