@@ -15,15 +15,19 @@ from visionattn.kernels.local.op import (
 )
 from visionattn.kernels.merge import merge_attention
 from visionattn.kernels.product.op import product
+from visionattn.kernels.routed.blocks import Blocks, block_attention, sort_blocks
+from visionattn.kernels.routed.lists import union_regions
 from visionattn.kernels.routed.op import routed_attention
 from visionattn.kernels.routed.selectors.affinity import topk_regions
 from visionattn.kernels.routed.selectors.antidiagonal import antidiagonal_regions
 
 __all__ = [
     "BACKENDS",
+    "Blocks",
     "Choice",
     "agent_attention",
     "antidiagonal_regions",
+    "block_attention",
     "dense_attention",
     "explain",
     "grid_attention",
@@ -33,7 +37,9 @@ __all__ = [
     "overlapping_window_attention",
     "product",
     "routed_attention",
+    "sort_blocks",
     "topk_regions",
+    "union_regions",
     "use_backend",
     "window_attention",
 ]

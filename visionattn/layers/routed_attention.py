@@ -90,8 +90,8 @@ class RoutedAttention2d(nn.Module):
         if self.pad == "projected":
             maps = (extend_to(t.flatten(3), *filled) for t in (q, k, v))
             q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in maps)
-        is_full = self.selector.is_full
-        out = routed_attention(q, k, v, indices, region, scale=self.scale, distinct=is_full)
+        full = self.selector.is_full
+        out = routed_attention(q, k, v, indices, region, scale=self.scale, distinct=True, full=full)
         out = out.flatten(3)[:, :height, :width]
         return self.proj(out if local is None else out + local[:, :height, :width])
 

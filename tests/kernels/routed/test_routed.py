@@ -266,7 +266,7 @@ BAD_ARGUMENTS: list[tuple[str, list[Any], dict[str, Any]]] = [
     (r"region_size must be", [Q, K, V, LISTS, 0], {}),
     (r"indices must be \[1, 1 or 2, regions, topk\]", [Q, K, V, LISTS[0], 2], {}),
     (r"indices must be \[1, 1 or 2, regions, topk\]", [Q, K, V, LISTS.expand(1, 3, 6, 2), 2], {}),
-    (r"indices list 6 regions, the map has 24", [Q, K, V, LISTS, 1], {}),
+    (r"indices hold 6 lists, the queries have 24 regions", [Q, K, V, LISTS, 1], {}),
     (r"indices must be int32 or int64", [Q, K, V, LISTS.double(), 2], {}),
     (r"indices are on meta", [Q, K, V, LISTS.to("meta"), 2], {}),
     (r"indices must lie in -1 \(padding\) \.\. 5", [Q, K, V, LISTS + 1, 2], {}),

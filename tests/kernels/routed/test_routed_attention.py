@@ -150,7 +150,7 @@ def test_training_keeps_its_arguments_only() -> None:
     [
         ({"indices": torch.zeros(2, 1, 9, 2, dtype=torch.int32)}, "names a region twice"),
         ({"indices": torch.full((2, 1, 9, 1), 9)}, "must lie in -1"),
-        ({"indices": torch.zeros(2, 1, 8, 2, dtype=torch.int32)}, "the map has 9"),
+        ({"indices": torch.zeros(2, 1, 8, 2, dtype=torch.int32)}, "the queries have 9 regions"),
         ({"indices": torch.zeros(2, 1, 9, 2)}, "must be int32 or int64"),
         ({"bias": torch.zeros(3, 5, 5)}, "bias has shape"),
         ({"region_size": 0}, "region_size must be"),

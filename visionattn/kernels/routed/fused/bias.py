@@ -27,6 +27,7 @@ from visionattn.kernels.routed.fused.geometry import (
     scores,
     set_of_lists,
 )
+from visionattn.kernels.routed.lists import listed_regions
 from visionattn.kernels.triton_rows import LOG2_E, load_rows, padded_head_dim, precision
 
 
@@ -127,7 +128,7 @@ def bias_gradient(
     sums = torch.empty((heads, entries, width, width), dtype=torch.float32, device=q.device)
     options = {**numbers, **bias_launch_options(q, relative)}
     grid = (heads * entries * triton.cdiv(width, options["BLOCK"]) ** 2,)
-    listed = listed_regions(indices)
+    listed = listed_regions(indices, indices.shape[2]).to(torch.int8)
     bias_kernel[grid](q, k, v, listed, bias, lse, grad_out, delta, sums, scale, batch, **options)
     if relative:
         return _sum_of_diagonals(sums).to(bias.dtype)
@@ -149,15 +150,6 @@ def bias_launch_options(q: Tensor, relative: bool) -> dict[str, Any]:
         "num_warps": 8,
         "num_stages": 1,
     }
-
-
-def listed_regions(indices: Tensor) -> Tensor:
-    """Lists written out `[B, lists, regions, regions]` int8: 1 where a region lists another."""
-    regions = indices.shape[2]
-    listed = torch.zeros((*indices.shape[:3], regions + 1), dtype=torch.int8, device=indices.device)
-    # The last column collects the padding and is cut off.
-    where = torch.where(indices < 0, regions, indices).long()
-    return listed.scatter_(3, where, 1)[..., :regions].contiguous()
 
 
 def _sum_of_diagonals(tiles: Tensor) -> Tensor:

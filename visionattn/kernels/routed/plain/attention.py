@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionattn._compat import is_functorch_active
 from visionattn.kernels.dense.plain.attention import attend, attend_lse, dense_attention
 from visionattn.kernels.precision import at_least_float32, without_autocast
-from visionattn.kernels.routed.reference import bias_of_pairs
+from visionattn.kernels.routed import reference
+from visionattn.kernels.routed.call import Call
 from visionattn.kernels.routed.regions import from_rows, to_rows
 
 # How many numbers of gathered keys or of logits are held at a time: on a CPU what the caches take (the best
@@ -24,23 +26,23 @@ from visionattn.kernels.routed.regions import from_rows, to_rows
 _CPU_CHUNK, _CHUNK = 2**18, 2**26
 
 
-def routed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-    return_lse: bool,
-    distinct: bool,
-) -> tuple[Tensor, Tensor | None]:
+def is_extended(q: Tensor, k: Tensor, call: Call) -> bool:
+    """Whether a call has counts, or query regions or a key map that differ."""
+    is_plain = call.counts is None and q.shape == k.shape and tuple(call.query_region) == tuple(call.region)
+    return not is_plain
+
+
+def routed_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
-    if distinct and indices.shape[3] == indices.shape[2]:
+    if is_extended(q, k, call):
+        return reference.routed_attention(q, k, v, call)
+    indices, _, bias, _, region, scale, return_lse, is_full = call
+    if is_full and indices.shape[3] == indices.shape[2]:
         # Every region is listed: attention of the whole map, no need to sort it by regions.
-        bias = None if bias is None else bias_of_pairs(bias, *q.shape[1:3])
+        bias = None if bias is None else reference.bias_of_pairs(bias, *q.shape[1:3])
         return dense_attention(q, k, v, bias, scale, return_lse)
-    pair_bias, empty = _pair_bias(q, indices, bias, region, distinct)
+    is_full = is_full or _has_no_padding(indices)
+    pair_bias, empty = _pair_bias(q, indices, bias, region, is_full)
     if return_lse or torch.compiler.is_compiling() or torch.jit.is_tracing():
         out, lse = _in_one_piece(q, k, v, indices, pair_bias, region, scale, return_lse)
     else:
@@ -58,15 +60,19 @@ def gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-    return_lse: bool,
-    distinct: bool,
+    call: Call,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and the bias, without autograd."""
-    pair_bias, empty = _pair_bias(q, indices, bias, region, distinct)
+    indices, _, bias, _, region, scale, _, is_full = call
+    if is_extended(q, k, call):
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, bias)]
+        with torch.enable_grad():
+            pairs = zip(reference.routed_attention(*leaves[:3], call._replace(bias=leaves[3])), grads)
+            pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
+            given = [x for x in leaves if x is not None]
+            found = iter(torch.autograd.grad([x for x, _ in pairs], given, [g for _, g in pairs]))
+        return tuple(None if x is None else next(found) for x in leaves)
+    pair_bias, empty = _pair_bias(q, indices, bias, region, is_full or _has_no_padding(indices))
     grad_out, grad_lse = grads
     grad_out = torch.zeros_like(q) if grad_out is None else grad_out
     if empty is not None:
@@ -80,6 +86,13 @@ def gradients(
     grad_bias = torch.zeros_like(bias.flatten(1))
     grad_pairs = grad_pairs.squeeze(1).unflatten(0, (len(q), q.shape[3], -1))
     return *found, grad_bias.index_put_((head, entry), grad_pairs, accumulate=True).view(bias.shape)
+
+
+def _has_no_padding(indices: Tensor) -> bool:
+    """Look for padding, where that costs less than masking it does."""
+    if indices.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not is_functorch_active() and not bool((indices < 0).any())
 
 
 def _in_one_piece(
@@ -231,17 +244,17 @@ def _row_numbers(indices: Tensor, heads: int) -> Tensor:
 
 
 def _pair_bias(
-    q: Tensor, indices: Tensor, bias: Tensor | None, region: Sequence[int], distinct: bool
+    q: Tensor, indices: Tensor, bias: Tensor | None, region: Sequence[int], is_full: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The additions to the logits, -inf where a key is absent, `[B * heads * regions, 1, 1 | pixels, keys]`,
     and which pixels have an empty list `[B, H, W, heads, 1]` (their logits stay finite); None for neither."""
     batch, height, width, heads, _ = q.shape
     is_whole = height % region[0] == 0 and width % region[1] == 0
-    if bias is None and is_whole and distinct:
+    if bias is None and is_whole and is_full:
         return None, None
     shape = (batch, heads, indices.shape[2], 1, indices.shape[3] * region[0] * region[1])
     total = q.new_zeros(shape) if bias is None else bias.flatten(1)[_bias_entries(q, indices, bias, region)]
-    if is_whole and distinct:
+    if is_whole and is_full:
         return total.flatten(0, 2)[:, None], None
     visible = (indices >= 0)[..., None].expand(*indices.shape, region[0] * region[1])
     if not is_whole:

@@ -18,8 +18,8 @@ class Selector(NamedTuple):
         regions: `(q, k, region_size, **options)` to lists for `routed_attention`.
         scores: `(q, k, region, **options)` to the scores `[B, heads or 1, query regions, key regions]` that
             `regions` picks from: float32 (float64 stays), under autocast too.
-        is_full: whether lists never hold padding or a region twice, which `routed_attention` takes as a
-            promise (`distinct`).
+        is_full: whether lists never hold padding, which `routed_attention` takes as a promise (`full`). No
+            list names a region twice.
     """
 
     regions: Callable[..., Tensor]
