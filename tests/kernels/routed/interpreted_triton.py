@@ -80,7 +80,9 @@ def test_reverse_lists_name_every_query_once_and_in_order() -> None:
 def test_registered_with_pytorch() -> None:
     qkv, indices, _ = make((3, 4, (2, 2), 1, 4, 2), "whole", dtype=torch.float32)
     numbers = ([2, 2], [2, 2], 0.5, True, True, "triton")
-    torch.library.opcheck(torch.ops.visionattn.routed_attention.default, (*qkv, indices, None, None, *numbers))
+    torch.library.opcheck(
+        torch.ops.visionattn.routed_attention.default, (*qkv, indices, None, None, *numbers)
+    )
     contiguous = [x.detach().contiguous().requires_grad_() for x in qkv]
     _, _, table = make((3, 4, (2, 2), 1, 4, 2), "whole", "table", torch.float32)
     arguments = (*contiguous, indices, None, table, *numbers)

@@ -17,7 +17,7 @@ from visionattn.kernels.checks import check_maps, check_qkv, pair
 from visionattn.kernels.merge import merge_attention
 from visionattn.kernels.precision import at_least_float32, without_autocast
 from visionattn.kernels.routed.blocks import Blocks, block_attention, sort_blocks
-from visionattn.kernels.routed.reference import region_numbers
+from visionattn.kernels.routed.reference import places
 from visionattn.kernels.routed.regions import check_counts
 
 # A centroid that moves less than this has come to rest (SVG2).
@@ -154,7 +154,7 @@ def region_blocks(
     """
     region = pair("region_size", region_size)
     pair("the size of the map", (height, width))
-    numbers = region_numbers(height, width, region, device)
+    numbers, _ = places(height, width, region, device)
     return sort_blocks(numbers[None, None], -(-height // region[0]) * -(-width // region[1]))
 
 
@@ -251,7 +251,7 @@ def lsh_attention(
     out, lse = block_attention(q, k, v, lists, *parts, tile=min(block, 64), scale=scale, return_lse=True)
     if not samples.shape[2]:
         return out
-    samples = samples.long().expand(len(q), q.shape[3], -1)
+    samples = samples.long().expand(len(q), q.shape[3], -1).sort(-1).values
     own, of_key = (x.argsort(dim=-1) // block for x in orders)
     hidden = None
     if mask_own:
@@ -263,12 +263,11 @@ def lsh_attention(
 def _sampled(
     q: Tensor, k: Tensor, v: Tensor, samples: Tensor, hidden: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all queries to sampled keys `[B, heads, samples]`, and its log-sum-exp, as an estimate of
+    """Attention of all queries to sampled keys `[B, heads, samples]`, ascending, and its log-sum-exp, as an estimate of
     that to all keys; `hidden` `[B, heads, H * W, samples]` ones are left out."""
     height, width = q.shape[1:3]
     # A key that was drawn twice has twice the weight, and is gathered once: sums of its gradients from
     # several places would come in any order.
-    samples = samples.sort(-1).values
     times = (samples[..., None] == samples[..., None, :]).sum(-1)
     is_first = torch.ones_like(samples, dtype=torch.bool)
     is_first[..., 1:] = samples[..., 1:] != samples[..., :-1]

@@ -41,8 +41,8 @@ def topk_blocks(
         key_blocks: partition of the keys.
         budget: keys, at least 1; a list ends with the block that reaches it.
         normalise: `"sqrt"` or None.
-        per_head: whether each head has lists of its own; otherwise the mean over heads decides, and heads
-            share the blocks.
+        per_head: whether each head has lists of its own; otherwise the mean over heads of queries and
+            keys decides, and heads share the blocks.
 
     Returns:
         `[B, 1 or heads, query blocks, n]` int32 for `block_attention`, best first, ties by the lowest index,
@@ -56,13 +56,10 @@ def topk_blocks(
     check_counts("topk_blocks", budget=budget)
     if normalise not in ("sqrt", None):
         raise ValueError(f"topk_blocks: normalise must be 'sqrt' or None, got {normalise!r}")
-    scores = block_scores(q, k, query_blocks, key_blocks, normalise)
-    sizes = key_blocks.starts.diff()
-    if not per_head:
-        if any(x.shape[1] > 1 for x in (query_blocks.starts, key_blocks.starts)):
-            raise ValueError("topk_blocks: heads that have blocks of their own need per_head=True")
-        scores = scores.mean(1, keepdim=True)
-    sizes = sizes[:, :, None].expand_as(scores)
+    if not per_head and any(x.shape[1] > 1 for x in (query_blocks.starts, key_blocks.starts)):
+        raise ValueError("topk_blocks: heads that have blocks of their own need per_head=True")
+    scores = block_scores(q, k, query_blocks, key_blocks, normalise, per_head)
+    sizes = key_blocks.starts.diff()[:, :, None].expand_as(scores)
     order = scores.masked_fill(sizes == 0, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     sizes = sizes.gather(-1, order)
     kept = (sizes.cumsum(-1) - sizes < budget) & (sizes > 0)
@@ -70,12 +67,19 @@ def topk_blocks(
 
 
 def block_scores(
-    q: Tensor, k: Tensor, query_blocks: Blocks, key_blocks: Blocks, normalise: Literal["sqrt"] | None = "sqrt"
+    q: Tensor,
+    k: Tensor,
+    query_blocks: Blocks,
+    key_blocks: Blocks,
+    normalise: Literal["sqrt"] | None = "sqrt",
+    per_head: bool = False,
 ) -> Tensor:
-    """Affinities `[B, heads, query blocks, key blocks]`; 0 where a block is empty."""
+    """Affinities `[B, 1 or heads, query blocks, key blocks]`; 0 where a block is empty."""
+    described = []
     with without_autocast(q):
-        described = []
         for name, x, blocks in (("query_blocks", q, query_blocks), ("key_blocks", k, key_blocks)):
-            means, sizes = block_means(f"topk_blocks: {name}", at_least_float32(x), blocks)
+            x = at_least_float32(x)
+            x = x if per_head else x.mean(3, keepdim=True)
+            means, sizes = block_means(f"topk_blocks: {name}", x, blocks)
             described.append(means * sizes.sqrt()[..., None] if normalise else means)
         return described[0] @ described[1].transpose(2, 3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels.precision import at_least_float32, without_autocast
-from visionattn.kernels.routed.reference import region_numbers
+from visionattn.kernels.routed.reference import places
 from visionattn.kernels.routed.regions import (
     check_counts,
     check_maps,
@@ -71,7 +71,7 @@ def gated_regions(
         given = "threshold" if threshold is not None else "the pool 'region'"
         raise ValueError(f"gated_regions: topk={topk} does not go with {given}")
     gates = gate_scores(q, k, region)
-    own = region_numbers(q.shape[1], q.shape[2], region, q.device)
+    own, _ = places(*q.shape[1:3], region, q.device)
     own = own[:, None] == torch.arange(gates.shape[3], device=q.device)
     own = own.expand_as(gates)
     # The gates of a pool stand in one row. Those of a region: regions, queries, heads.

@@ -93,13 +93,13 @@ def _search(queries: Tensor, sampled: Tensor, row: _Row, topk: int) -> Tensor:
         middle = start + (end - start) // 2
         start, end = torch.cat((start, middle), 2), torch.cat((middle, end), 2)
         # In the order of the row, so that among equal halves the first one stays.
-        start, place = start.sort(2, stable=True)
+        start, place = start.sort(dim=2, stable=True)
         end = end.gather(2, place)
         scores = _largest(queries, sampled, row, start).masked_fill(start == end, -math.inf)
-        best = scores.sort(2, descending=True, stable=True).indices[..., :count]
+        best = scores.sort(dim=2, descending=True, stable=True).indices[..., :count]
         start, end, scores = (x.gather(2, best) for x in (start, end, scores))
         size /= 2
-    best = scores.sort(2, descending=True, stable=True).indices
+    best = scores.sort(dim=2, descending=True, stable=True).indices
     return row.numbers[start.gather(2, best)]
 
 
