@@ -263,8 +263,8 @@ def lsh_attention(
 def _sampled(
     q: Tensor, k: Tensor, v: Tensor, samples: Tensor, hidden: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all queries to sampled keys `[B, heads, samples]`, ascending, and its log-sum-exp, as an estimate of
-    that to all keys; `hidden` `[B, heads, H * W, samples]` ones are left out."""
+    """Attention of all queries to sampled keys `[B, heads, samples]`, ascending, and its log-sum-exp, as an
+    estimate of that to all keys; `hidden` `[B, heads, H * W, samples]` ones are left out."""
     height, width = q.shape[1:3]
     # A key that was drawn twice has twice the weight, and is gathered once: sums of its gradients from
     # several places would come in any order.

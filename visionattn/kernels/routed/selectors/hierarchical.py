@@ -64,7 +64,8 @@ def hierarchical_regions(
     row = torch.arange(regions, device=q.device) if order is None else _z_order(q, region)
     with without_autocast(q):
         queries, keys = to_rows(at_least_float32(q), query_region), to_rows(at_least_float32(k), region)
-        queries, keys = queries.unflatten(0, (heads, -1)), keys.unflatten(0, (heads, regions))
+        queries = queries.unflatten(0, (heads, len(queries_inside)))
+        keys = keys.unflatten(0, (heads, regions))
         row = _Row(keys[:, row], inside[row], row)
         found = []
         held = 2 * min(topk, regions) * inside.shape[1] * (q.shape[4] + queries.shape[2])
@@ -107,7 +108,7 @@ def _largest(queries: Tensor, sampled: Tensor, row: _Row, start: Tensor) -> Tens
     """The largest products `[B * heads, n, m]` of query regions and the regions at these places."""
     head = torch.arange(len(start), device=start.device)[:, None, None]
     products = queries @ row.keys[head, start].flatten(2, 3).transpose(2, 3)
-    products = products.unflatten(3, (start.shape[2], -1))
+    products = products.unflatten(3, (start.shape[2], row.inside.shape[1]))
     products = products.masked_fill(~row.inside[start][:, :, None], -math.inf).amax(4)
     return products.masked_fill(~sampled[..., None], -math.inf).amax(2)
 
