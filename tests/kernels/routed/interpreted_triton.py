@@ -70,7 +70,7 @@ def test_equals_the_formula(
 
 def test_reverse_lists_name_every_query_once_and_in_order() -> None:
     _, indices, _ = make(SHAPES[0], "padded")
-    starts, queries = reverse_lists(indices)
+    starts, queries = reverse_lists(indices, indices.shape[2])
     for i, j in itertools.product(*map(range, indices.shape[:2])):
         for region in range(indices.shape[2]):
             listing = queries[i, j, starts[i, j, region] : starts[i, j, region + 1]].tolist()

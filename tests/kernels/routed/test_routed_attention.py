@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels import explain, routed_attention, use_backend
-from visionattn.kernels.routed.plain import attention as pytorch
+from visionattn.kernels.routed.plain import rows as pytorch
 
 # height, width, region, heads, head_dim, topk: one region, regions of one pixel, all regions, cut borders.
 SHAPES = [
@@ -47,7 +47,7 @@ def make(
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """One or a few lists at a time, so that small maps take many chunks."""
-    monkeypatch.setattr(pytorch, "_CPU_CHUNK", 100)
+    monkeypatch.setattr(pytorch, "CPU_CHUNK", 100)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -15,7 +15,7 @@ from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 from visionattn.kernels.routed.fused import backward as triton_backward
 from visionattn.kernels.routed.fused import bias as triton_bias
 from visionattn.kernels.routed.fused import forward as triton_forward
-from visionattn.kernels.routed.fused.geometry import BiasStrides, Regions
+from visionattn.kernels.routed.fused.geometry import BiasStrides, Regions, Sets
 from visionattn.kernels.triton_rows import Strides, tile_options
 
 KERNELS = {
@@ -36,11 +36,12 @@ def compiled(
 ) -> Resources:
     maps = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
     types: dict[str, Any] = dict.fromkeys(maps, NAMES[dtype])
-    types |= dict.fromkeys(("lists", "starts", "queries"), "*i32")
+    types |= dict.fromkeys(("lists", "starts", "listing", "ends", "counts"), "*i32")
     types |= dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32")
     types |= {"listed": "*i8", "bias": "*fp32", "grad_bias": "*fp32", "scale": "fp32", "batch": "i32"}
-    for name, record in (("strides", Strides), ("regions", Regions), ("bias_strides", BiasStrides)):
-        types[name] = record(*["i32"] * len(record._fields))
+    records = {"strides": Strides, "strides_k": Strides, "sets": Sets, "bias_strides": BiasStrides}
+    records |= dict.fromkeys(("query_regions", "key_regions"), Regions)
+    types |= {name: record(*["i32"] * len(record._fields)) for name, record in records.items()}
     q = torch.empty(1, side, side, 1, dim, dtype=dtype)
     if kernel == "bias":
         options = triton_bias.bias_launch_options(torch.empty(1, 56, 56, 1, dim, dtype=dtype), relative=True)

@@ -25,7 +25,7 @@ def _unpack(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor
 def _fused(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     from visionattn.kernels.routed.fused.forward import forward
 
-    return forward(q, k, v, call.indices, call.bias, call.region, call.scale)
+    return forward(q, k, v, call)
 
 
 def _fused_gradients(
@@ -40,14 +40,7 @@ def _fused_gradients(
     from visionattn.kernels.routed.fused.backward import backward
 
     grad_out = torch.zeros_like(outputs[0]) if grads[0] is None else grads[0]
-    numbers = call.indices, call.bias, call.region, call.scale
-    return backward(grad_out, grads[1], outputs, q, k, v, *numbers, with_bias=wanted[3])
-
-
-def _refuses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
-    if plain.is_extended(q, k, call):
-        return "the fused kernels know no counts, query regions or key maps of their own"
-    return None
+    return backward(grad_out, grads[1], outputs, q, k, v, call, wanted[3])
 
 
 def _flops(q: Sequence[int], indices: Sequence[int], region: Sequence[int], products: int) -> int:
@@ -73,7 +66,6 @@ ROUTED_ATTENTION = register(
             lambda q, k, v, indices, counts, bias, query_region, region, *args: _flops(q, indices, region, 7),
         ),
         constants=("indices", "counts"),
-        refusals={"triton": _refuses},
         pack=_pack,
         unpack=_unpack,
     )
