@@ -111,7 +111,7 @@ def strided_regions(
     one layer; with fewer in two, if every region is less than `local` away from one that a head sees.
     `"relative"`: what counts is how far a region lies beyond the near ones, `(distance - local + 1) % stride
     == 0`, distance being the larger of those in rows and columns; heads are alike. All regions are reached in
-    two layers if `2 * local > stride` and the map has more than `local + stride` rows or columns.
+    at most three layers if `2 * local > stride`, and never later than by windows of radius `local - 1`.
 
     Args:
         height: of the map in pixels.
@@ -227,6 +227,7 @@ def _check_least(name: str, **numbers: int) -> None:
 Rule = Callable[..., Mask]
 
 
+@torch.compiler.assume_constant_result  # a compiled graph holds the lists
 def _pattern(
     rule: Rule,
     height: int,
@@ -241,7 +242,6 @@ def _pattern(
     return torch.tensor(lists, dtype=torch.int32, device=device)
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def _lists(rule: Rule, rows: int, columns: int, *numbers: object) -> NDArray[np.int32]:
     """The lists of a rule `(dy, dx, y, x, *numbers)` to the mask `[1 or heads, regions, regions]`: key minus
@@ -250,9 +250,7 @@ def _lists(rule: Rule, rows: int, columns: int, *numbers: object) -> NDArray[np.
     mask = rule(y - y[:, None], x - x[:, None], y[None], x[None], *numbers)
     mask = mask if mask.ndim == 3 else mask[None]
     order = np.argsort(~mask, axis=-1, kind="stable")[..., : mask.sum(-1).max()]
-    lists = np.where(np.take_along_axis(mask, order, -1), order, -1).astype(np.int32)[None]
-    lists.flags.writeable = False
-    return lists
+    return np.where(np.take_along_axis(mask, order, -1), order, -1).astype(np.int32)[None]
 
 
 def _ring(dy: NDArray[np.int64], dx: NDArray[np.int64]) -> NDArray[np.int64]:
