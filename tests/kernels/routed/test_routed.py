@@ -271,7 +271,7 @@ BAD_ARGUMENTS: list[tuple[str, list[Any], dict[str, Any]]] = [
     (r"indices are on meta", [Q, K, V, LISTS.to("meta"), 2], {}),
     (r"indices must lie in -1 \(padding\) \.\. 5", [Q, K, V, LISTS + 1, 2], {}),
     (r"indices must lie in -1 \(padding\) \.\. 5", [Q, K, V, LISTS - 1, 2], {}),
-    (r"names a region twice", [Q, K, V, LISTS.clamp(max=2), 2], {}),
+    (r"names the same one twice", [Q, K, V, LISTS.clamp(max=2), 2], {}),
     (r"bias has shape \(2, 3, 3\); needed is", [Q, K, V, LISTS, 2], {"bias": torch.zeros(2, 3, 3)}),
     (r"bias is on meta", [Q, K, V, LISTS, 2], {"bias": torch.zeros(2, 11, 7, device="meta")}),
     (r"bias must be of a floating", [Q, K, V, LISTS, 2], {"bias": torch.zeros(2, 11, 7, dtype=torch.int32)}),

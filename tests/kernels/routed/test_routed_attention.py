@@ -148,7 +148,7 @@ def test_training_keeps_its_arguments_only() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"indices": torch.zeros(2, 1, 9, 2, dtype=torch.int32)}, "names a region twice"),
+        ({"indices": torch.zeros(2, 1, 9, 2, dtype=torch.int32)}, "names the same one twice"),
         ({"indices": torch.full((2, 1, 9, 1), 9)}, "must lie in -1"),
         ({"indices": torch.zeros(2, 1, 8, 2, dtype=torch.int32)}, "the queries have 9 regions"),
         ({"indices": torch.zeros(2, 1, 9, 2)}, "must be int32 or int64"),

@@ -32,7 +32,13 @@ def test_interpreted() -> None:
 
 
 def compiled(
-    kernel: str, target: str, dtype: torch.dtype, dim: int, side: int = 8, has_bias: bool = True
+    kernel: str,
+    target: str,
+    dtype: torch.dtype,
+    dim: int,
+    side: int = 8,
+    has_bias: bool = True,
+    has_counts: bool = False,
 ) -> Resources:
     maps = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
     types: dict[str, Any] = dict.fromkeys(maps, NAMES[dtype])
@@ -48,6 +54,7 @@ def compiled(
     else:
         options = tile_options(q, side * side, has_bias, kernel != "forward", hip=target == "gfx942")
     options |= {} if has_bias else {"bias": None}
+    options |= {} if has_counts else {"counts": None, "ends": None}
     names = [name for name in KERNELS[kernel].arg_names if name not in options]
     return compile_for(target, KERNELS[kernel], {name: types[name] for name in names}, options)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from visionattn.kernels.checks import check_dense_bias, check_maps
 from visionattn.kernels.dense.library import DENSE_ATTENTION
+from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.operator import leaf
 
 
@@ -36,6 +37,7 @@ def dense_attention(
 
 
 @leaf
+@grouped_heads(bias=0)
 def dense_attention(
     q: Tensor,
     k: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visionattn.kernels.checks import check_dense_bias, check_qkv
 from visionattn.kernels.dense.library import DENSE_ATTENTION
+from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.linear.library import LINEAR_ATTENTION
 from visionattn.kernels.operator import leaf
 
@@ -24,6 +25,7 @@ AGENT_ATTENTION = replace(DENSE_ATTENTION, name="agent_attention")
 
 
 @leaf
+@grouped_heads()
 def linear_attention(
     q: Tensor,
     k: Tensor,

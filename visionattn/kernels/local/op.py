@@ -8,6 +8,9 @@ sequence is a map of height 1 with windows of height 1. A bias is either
 - dense, `[heads, nq, nk]`, over the queries and keys of one whole block in row-major order;
 
 the shape tells which. It is added to the scaled logits and receives a gradient.
+
+k and v may have more heads than q, or fewer, by any factor (`kernels/grouped.py`); a bias has the larger
+number, or the smaller one where a group shares it, and the output the larger.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Literal, get_args, overload
 from torch import Tensor
 
 from visionattn.kernels.checks import check_bias, check_qkv, pair
+from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.local.library import LOCAL_ATTENTION
 from visionattn.kernels.local.pattern import (
     Border,
@@ -33,6 +37,7 @@ _BORDERS = get_args(Border)
 
 
 @leaf
+@grouped_heads(bias=0)
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -79,6 +84,7 @@ def window_attention(
 
 
 @leaf
+@grouped_heads(bias=0)
 def overlapping_window_attention(
     q: Tensor,
     k: Tensor,
@@ -130,6 +136,7 @@ def overlapping_window_attention(
 
 
 @leaf
+@grouped_heads(bias=0)
 def grid_attention(
     q: Tensor,
     k: Tensor,
@@ -198,6 +205,7 @@ def neighborhood_attention(
 
 
 @leaf
+@grouped_heads(bias=0)
 def neighborhood_attention(
     q: Tensor,
     k: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels.checks import check_maps
+from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.operator import leaf
 from visionattn.kernels.routed.call import Call
 from visionattn.kernels.routed.checks import check_integers, checked_lists
@@ -82,6 +83,7 @@ def block_attention(
 
 
 @leaf
+@grouped_heads(lists=1, query_blocks=1, key_blocks=1)
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -127,7 +129,7 @@ def block_attention(
     for what, blocks, count in zip(("query_blocks", "key_blocks"), (query_blocks, key_blocks), pixels):
         _check_blocks(name, what, blocks, count, q)
     rows, columns = (blocks.starts.shape[2] - 1 for blocks in (query_blocks, key_blocks))
-    lists = checked_lists(name, lists, q, rows, columns)
+    lists = checked_lists(name, "lists", lists, q, rows, columns)
     own, others = (_tiles(blocks, tile, len(q)) for blocks in (query_blocks, key_blocks))
     # Lists of blocks become lists of tiles: those of the block that a tile belongs to.
     listed = listed_regions(lists, columns)
@@ -195,7 +197,7 @@ def _sorted(x: Tensor, tiles: _Tiles) -> Tensor:
 
 def _unsorted(x: Tensor, tiles: _Tiles, like: Tensor) -> Tensor:
     """The inverse of `_sorted`, of as many pixels as `like` has."""
-    return _rows_of(x[:, 0], tiles.place).unflatten(1, like.shape[1:3])
+    return _rows_of(x[:, 0], tiles.place).contiguous().unflatten(1, like.shape[1:3])
 
 
 def _rows_of(x: Tensor, numbers: Tensor) -> Tensor:

@@ -32,20 +32,19 @@ def check_pair_bias(name: str, bias: Tensor, q: Tensor, k: Tensor) -> None:
 
 
 def checked_lists(
-    name: str, indices: Tensor, q: Tensor, rows: int, regions: int, distinct: bool = False
+    name: str, what: str, indices: Tensor, q: Tensor, rows: int, regions: int, distinct: bool = False
 ) -> Tensor:
-    """The lists of every image, without repetitions."""
+    """The lists of every image, without repetitions; `what` the caller calls them."""
     batch, _, _, heads, _ = q.shape
     if indices.dim() != 4 or indices.shape[0] not in (1, batch) or indices.shape[1] not in (1, heads):
         raise ValueError(
-            f"{name}: indices must be [{batch} or 1, 1 or {heads}, query regions, topk], "
-            f"got {tuple(indices.shape)}"
+            f"{name}: {what} must be [{batch} or 1, 1 or {heads}, rows, n], got {tuple(indices.shape)}"
         )
     if indices.shape[2] != rows:
         raise ValueError(
-            f"{name}: indices hold {indices.shape[2]} lists, the queries have {rows} regions or blocks"
+            f"{name}: {what} hold {indices.shape[2]} lists, the queries have {rows} regions or blocks"
         )
-    check_integers(name, "indices", indices, q)
+    check_integers(name, what, indices, q)
     indices = indices.expand(batch, -1, -1, -1)
     if distinct or not indices.numel():
         return indices
@@ -53,11 +52,12 @@ def checked_lists(
         # A compiled graph cannot refuse a repetition; it counts once.
         repeated = (indices[..., :, None] == indices[..., None, :]).tril(-1).any(-1)
         return indices.masked_fill(repeated, -1)
-    if indices.max() >= regions or indices.min() < -1:
-        raise ValueError(f"{name}: indices must lie in -1 (padding) .. {regions - 1}")
+    least, most = (int(x) for x in indices.aminmax())
+    if least < -1 or most >= regions:
+        raise ValueError(f"{name}: {what} must lie in -1 (padding) .. {regions - 1}, got {least} to {most}")
     listed = indices.sort(-1).values
     if ((listed[..., 1:] == listed[..., :-1]) & (listed[..., 1:] >= 0)).any():
-        raise ValueError(f"{name}: a list names a region twice, its keys would count twice")
+        raise ValueError(f"{name}: a list names the same one twice, its keys would count twice")
     return indices
 
 
@@ -73,8 +73,11 @@ def checked_counts(
     counts = counts.expand(batch, -1, -1)
     if distinct or torch.compiler.is_compiling() or not counts.numel():
         return counts
-    if counts.max() > pixels or counts.min() < 0:
-        raise ValueError(f"{name}: counts must lie in 0 .. {pixels}, the pixels of a region")
+    least, most = (int(x) for x in counts.aminmax())
+    if least < 0 or most > pixels:
+        raise ValueError(
+            f"{name}: counts must lie in 0 .. {pixels}, the pixels of a region, got {least} to {most}"
+        )
     return counts
 
 

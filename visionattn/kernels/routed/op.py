@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from visionattn.kernels.checks import check_maps, pair
+from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.operator import leaf
 from visionattn.kernels.routed.call import Call
 from visionattn.kernels.routed.checks import check_pair_bias, checked_counts, checked_lists, num_regions
@@ -50,6 +51,7 @@ def routed_attention(
 
 
 @leaf
+@grouped_heads(indices=1, counts=1, bias=0)
 def routed_attention(
     q: Tensor,
     k: Tensor,
@@ -106,7 +108,7 @@ def routed_attention(
     region = pair("region_size", region_size)
     query_region = region if query_region_size is None else pair("query_region_size", query_region_size)
     rows, regions = num_regions(q, query_region), num_regions(k, region)
-    indices = checked_lists(name, indices, q, rows, regions, distinct)
+    indices = checked_lists(name, "indices", indices, q, rows, regions, distinct)
     if counts is not None:
         counts = checked_counts(name, counts, q, regions, region[0] * region[1], distinct)
     if bias is not None:
