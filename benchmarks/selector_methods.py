@@ -229,7 +229,7 @@ def _budget(density: float, maps: Maps, region: Region) -> Iterator[Options]:
     yield {"budget": _pixels(density, maps)}
 
 
-_SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_SHARES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 0.9)
 _THRESHOLDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5)
 
 

@@ -97,13 +97,13 @@ def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.2f}"
 
 
-def open_layer(run: str, layer: str) -> tuple[nn.Module, nn.Module]:
+def open_layer(run: str, layer: str, device: torch.device | str = "cpu") -> tuple[nn.Module, nn.Module]:
     """The restoration network of a run folder and its attention layer of this name.
 
     Raises:
         InputError: there is no such run, or no such layer with a `qkv` projection and `num_heads`.
     """
-    model = open_restorer(run, None)
+    model = open_restorer(run, None).to(device)
     found = dict(model.named_modules()).get(layer)
     if not isinstance(getattr(found, "qkv", None), nn.Module) or not hasattr(found, "num_heads"):
         names = [name for name, module in model.named_modules() if hasattr(module, "qkv")]
@@ -179,9 +179,10 @@ def measure_selectors(
     first = maps[0]
     whole = [x.flatten(1, 2).transpose(1, 2) for x in first]
     device = first.q.device
+    known: dict[str, float] = {}
     for target in densities:
         for method in METHODS:
-            options = nearest_options(method, first, region, target)
+            options = nearest_options(method, first, region, target, known)
             if options is None:
                 continue
             chosen = [method.choose(x, region, **options) for x in maps]
@@ -211,11 +212,19 @@ def measure_selectors(
             )
 
 
-def nearest_options(method: Method, maps: Maps, region: tuple[int, int], target: float) -> dict | None:
-    """The options with which the method comes nearest to a density; None where that is too far from it."""
+def nearest_options(
+    method: Method, maps: Maps, region: tuple[int, int], target: float, known: dict[str, float]
+) -> dict | None:
+    """The options with which the method comes nearest to a density; None where that is too far from it.
+
+    `known` keeps densities by method and options.
+    """
     found = []
     for options in method.options(target, maps, region):
-        density = density_of(method.choose(maps, region, **options), maps, region)
+        key = f"{method.name} {options}"
+        if key not in known:
+            known[key] = density_of(method.choose(maps, region, **options), maps, region)
+        density = known[key]
         found.append((max(density / target, target / density), len(found), options))
     factor, _, options = min(found)
     return options if factor <= _NEAR else None
