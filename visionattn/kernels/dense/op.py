@@ -54,7 +54,7 @@ def dense_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`, any strides.
-        k: keys `[B, height, width, heads, d]` of a map of any size.
+        k: keys `[B, height, width, heads, d]` of a map of any size, with more or fewer heads by any factor.
         v: values, as the keys.
         bias: added to the scaled logits, `[heads, H * W, height * width]`, with gradient.
         scale: multiplies q·k; `d ** -0.5` by default.

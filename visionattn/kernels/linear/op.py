@@ -51,8 +51,8 @@ def linear_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         normalize: the normalisation above.
         scale: multiplies q·k; `d ** -0.5` by default. With `"sum"` it matters only against `eps` and `floor`;
             `1 / (H * W)` gives the form with means in place of sums.

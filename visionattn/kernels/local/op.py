@@ -57,8 +57,8 @@ def window_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         window_size: side of a window in pixels, or (height, width).
         shift: windows begin at `shift + n * window_size`; Swin's cyclic roll by `-shift`.
         mask_shift: whether windows end at the border (Swin's mask). If False, the map is a torus.
@@ -103,8 +103,8 @@ def overlapping_window_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         window_size: side of a query window in pixels, or (height, width).
         overlap: pixels by which the key window reaches beyond the query window on every side, or (y, x).
         border: keys beyond the map: `"zero"`, zero keys and values that take part in the softmax with their
@@ -154,8 +154,8 @@ def grid_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         grid_size: pixels per side of a grid, or (height, width).
         bias: relative table `[heads, 2 * height - 1, 2 * width - 1]` in grid steps or dense `[heads, height *
             width, height * width]`.
@@ -227,8 +227,8 @@ def neighborhood_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         kernel_size: keys per side, or (height, width).
         stride: side of a block of queries that share their keys, or (y, x); at most the kernel size.
         dilation: pixels from one key to the next, or (y, x); a query sees pixels of its own residue only.

@@ -103,7 +103,8 @@ def block_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys `[B, height, width, heads, d]`, of the same map or of one of another size.
+        k: keys `[B, height, width, heads, d]`, of the same map or of one of another size, with more or
+            fewer heads by any factor (`kernels/grouped.py`).
         v: values, as the keys.
         lists: `[B or 1, 1 or heads, query blocks, n]` int32 or int64: the key blocks that each query block
             attends to; -1 is padding. A list of nothing but padding or empty blocks gives zeros and a

@@ -75,7 +75,8 @@ def routed_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys `[B, height, width, heads, d]`, of the same map or of one of another size.
+        k: keys `[B, height, width, heads, d]`, of the same map or of one of another size, with more or
+            fewer heads by any factor (`kernels/grouped.py`).
         v: values, as the keys.
         indices: `[B or 1, 1 or heads, query regions, topk]` integers: the key regions that each region of
             queries attends to, in row-major numbers; -1 is padding and may stand anywhere. A list of nothing
