@@ -52,7 +52,7 @@ def window_regions(
     radii = tuple(radius) if isinstance(radius, Sequence) else (radius,)
     if not radii or min(radii) < 0:
         raise ValueError(f"window_regions: radius must be at least 0, or one such per head, got {radius}")
-    return _pattern(_window, height, width, region_size, device, radii)
+    return _pattern("window", height, width, region_size, device, *radii)
 
 
 def power_regions(
@@ -86,7 +86,7 @@ def power_regions(
     """
     check_counts("power_regions", window=window)
     _check_least("power_regions", sinks=sinks)
-    return _pattern(_power, height, width, region_size, device, window, sinks)
+    return _pattern("power", height, width, region_size, device, window, sinks)
 
 
 def strided_regions(
@@ -111,7 +111,7 @@ def strided_regions(
     one layer; with fewer in two, if every region is less than `local` away from one that a head sees.
     `"relative"`: what counts is how far a region lies beyond the near ones, `(distance - local + 1) % stride
     == 0`, distance being the larger of those in rows and columns; heads are alike. All regions are reached in
-    two layers if `2 * local > stride` and the map has more than `local + stride` rows or columns.
+    at most three layers if `2 * local > stride`, and never later than by windows of radius `local - 1`.
 
     Args:
         height: of the map in pixels.
@@ -141,7 +141,7 @@ def strided_regions(
         raise ValueError(f"strided_regions: dense_heads must be at most the {heads} heads, got {dense_heads}")
     skew = round(stride**0.5) if skew is None else skew
     numbers = (heads, local, stride, offset, dense_heads, skew)
-    rule = _strided if position == "absolute" else _ringed
+    rule = "strided" if position == "absolute" else "ringed"
     return _pattern(rule, height, width, region_size, device, *numbers)
 
 
@@ -188,13 +188,13 @@ def radial_regions(
     if not decay > 0:
         raise ValueError(f"radial_regions: decay must be above 0, got {decay}")
     if axis == "both":
-        return _pattern(_octaves, height, width, region_size, device, sink)
+        return _pattern("octaves", height, width, region_size, device, sink)
     region = (1, region_size) if isinstance(region_size, int) else tuple(region_size)
     if region[0] != 1 or width % region[1]:
         raise ValueError(
             f"radial_regions: rows need regions (1, n), n a divisor of the width {width}, got {region_size}"
         )
-    return _pattern(_radial, height, width, region, device, region[1], width, decay, sink)
+    return _pattern("radial", height, width, region, device, region[1], width, decay, sink)
 
 
 def layers_to_reach(lists: Tensor) -> int | None:
@@ -224,42 +224,49 @@ def _check_least(name: str, **numbers: int) -> None:
             raise ValueError(f"{name}: {argument} must be at least 0, got {number}")
 
 
-Rule = Callable[..., Mask]
-
-
 def _pattern(
-    rule: Rule,
+    rule: str,
     height: int,
     width: int,
     region_size: int | tuple[int, int],
     device: torch.device | str | None,
-    *numbers: object,
+    *numbers: float,
 ) -> Tensor:
     region = pair("region_size", region_size)
     pair("the size of the map", (height, width))
-    lists = _lists(rule, -(-height // region[0]), -(-width // region[1]), *numbers)
-    return torch.tensor(lists, dtype=torch.int32, device=device)
+    place = torch.empty(0, device=device).device
+    return _listed(rule, -(-height // region[0]), -(-width // region[1]), numbers, place)
 
 
-@torch.compiler.assume_constant_result
+# As an operator, so that a compiled graph holds one node and not how lists come about.
+@torch.library.custom_op("visionattn::region_pattern", mutates_args=())
+def _listed(rule: str, rows: int, columns: int, numbers: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(_lists(rule, rows, columns, *numbers), device=device)
+
+
+@_listed.register_fake
+def _(rule: str, rows: int, columns: int, numbers: Sequence[float], device: torch.device) -> Tensor:
+    # Sizes that vary become fixed here, for the length of lists depends on them.
+    shape = _lists(rule, int(rows), int(columns), *numbers).shape
+    return torch.empty(shape, dtype=torch.int32, device=device)
+
+
 @lru_cache(maxsize=64)
-def _lists(rule: Rule, rows: int, columns: int, *numbers: object) -> NDArray[np.int32]:
-    """The lists of a rule `(dy, dx, y, x, *numbers)` to the mask `[1 or heads, regions, regions]`: key minus
-    query, and the row and column of the key."""
+def _lists(rule: str, rows: int, columns: int, *numbers: float) -> NDArray[np.int32]:
+    """The lists of a rule of this name."""
     y, x = np.divmod(np.arange(rows * columns), columns)
-    mask = rule(y - y[:, None], x - x[:, None], y[None], x[None], *numbers)
+    whole = (int(number) if number == int(number) else number for number in numbers)
+    mask = _RULES[rule](y - y[:, None], x - x[:, None], y[None], x[None], *whole)
     mask = mask if mask.ndim == 3 else mask[None]
     order = np.argsort(~mask, axis=-1, kind="stable")[..., : mask.sum(-1).max()]
-    lists = np.where(np.take_along_axis(mask, order, -1), order, -1).astype(np.int32)[None]
-    lists.flags.writeable = False
-    return lists
+    return np.where(np.take_along_axis(mask, order, -1), order, -1).astype(np.int32)[None]
 
 
 def _ring(dy: NDArray[np.int64], dx: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.maximum(abs(dy), abs(dx))
 
 
-def _window(dy: NDArray, dx: NDArray, y: NDArray, x: NDArray, radii: tuple[int, ...]) -> Mask:
+def _window(dy: NDArray, dx: NDArray, y: NDArray, x: NDArray, *radii: int) -> Mask:
     return _ring(dy, dx) <= np.array(radii)[:, None, None]
 
 
@@ -310,3 +317,15 @@ def _radial(
             kept = (seen > side / 3).sum() > 0.6 * (seen > 0).sum()
             listed |= kept & (abs(dy) == rows) & (abs(dx) == columns)
     return listed | ((y == 0) & sink)
+
+
+# From (dy, dx), key minus query, and (y, x), the key, all in regions, to a mask `[regions, regions]`, or one
+# per head before.
+_RULES: dict[str, Callable[..., Mask]] = {
+    "octaves": _octaves,
+    "power": _power,
+    "radial": _radial,
+    "ringed": _ringed,
+    "strided": _strided,
+    "window": _window,
+}

@@ -61,5 +61,5 @@ def dynamic_mask_keys(bias: Tensor, keys: int, *, region_size: int | tuple[int, 
         stays = torch.zeros_like(bias, dtype=torch.float32).flatten(2).scatter(2, best[:, :, 0].long(), 1)
         rows = to_rows(stays.unflatten(2, bias.shape[2:]).permute(0, 2, 3, 1)[..., None], region)
         inside = pixels_inside(bias.permute(0, 2, 3, 1), region)
-        shares = rows.sum((1, 2)).view(*bias.shape[:2], 1, -1) / inside.sum(1)
+        shares = rows.sum((1, 2)).view(*bias.shape[:2], 1, len(inside)) / inside.sum(1)
         return pick_kept(shares, shares > 0.5)
