@@ -139,9 +139,9 @@ def block_attention(
     numbers = torch.where(listed, torch.arange(listed.shape[3], device=q.device), listed.shape[3])
     numbers = numbers.sort(-1).values
     indices = cut_to_longest(numbers.masked_fill(numbers == listed.shape[3], -1).to(torch.int32))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     maps = _sorted(q, own), _sorted(k, others), _sorted(v, others)
-    call = Call(indices, others.count, None, (1, tile), (1, tile), scale, return_lse, False)
+    call = Call(indices, others.count, None, (1, tile), (1, tile), factor, return_lse, False)
     out, lse = ROUTED_ATTENTION(*maps, call)
     out = _unsorted(out, own, q)
     return out if lse is None else (out, _unsorted(lse[..., None], own, q).squeeze(-1))

@@ -114,7 +114,7 @@ def routed_attention(
         counts = checked_counts(name, counts, q, regions, region[0] * region[1], distinct)
     if bias is not None:
         check_pair_bias(name, bias, q, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = Call(indices, counts, bias, query_region, region, scale, return_lse, full)
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    call = Call(indices, counts, bias, query_region, region, factor, return_lse, full)
     out, lse = ROUTED_ATTENTION(q, k, v, call)
     return out.contiguous() if lse is None else (out.contiguous(), lse.contiguous())

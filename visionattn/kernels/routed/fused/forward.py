@@ -98,11 +98,11 @@ def forward_kernel(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Output `[B, H, W, heads, d]`, log-sum-exp `[B, H, W, heads]` float32; arguments as in `op.py`."""
-    *inputs, _, bias, numbers = prepare(q, k, v, call)
+    q, k, v, lists, ends, list_counts, _, bias, numbers = prepare(q, k, v, call)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
     region = call.query_region
     options = {**numbers, **tile_options(q, region[0] * region[1], call.bias is not None)}
     grid = (num_programs(q, region, options["OWN"]),)
-    forward_kernel[grid](*inputs, bias, out, lse, call.scale, **options)
+    forward_kernel[grid](q, k, v, lists, ends, list_counts, bias, out, lse, call.scale, **options)
     return out, lse
