@@ -85,7 +85,7 @@ class Case:
         """Our kernel."""
         if self.kind == "routed":
             region, indices = self.routing(q, k)
-            return routed_attention(q, k, v, indices, region, distinct=True)
+            return routed_attention(q, k, v, indices, region, distinct=True, full=True)
         kernels: dict[str, Callable[..., Tensor]] = {
             "window": window_attention,
             "overlap": overlapping_window_attention,

@@ -15,6 +15,7 @@ EXAMPLE = """examples:
   python tools/benchmark.py kernels na7 window16
   python tools/benchmark.py scaling inline_pvt_tiny l2vit_t --sides 224 448 896
   python tools/benchmark.py memory hat_x4 --size 512 512 --budgets 1GB 2GB
+  python tools/benchmark.py selectors runs/hat_photographs_x2
   python tools/benchmark.py simulate
   python tools/benchmark.py simulate --size 128 128 --kernel 13 --query-tile 4 8 --key-tile 8 8
 """
@@ -65,8 +66,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "what takes more is counted, not run (default: %(default)s)"
     memory.add_argument("--limit", metavar="SIZE", default="12GB", help=text)
 
-    for measuring in (models, kernels, scaling, memory):
-        numbers = {"threads": ("CPU threads", 1), "repeats": ("rounds", 1 if measuring is memory else 10)}
+    text = "ways to attend to a part of a map, on a layer of a trained restoration network"
+    selectors = add_command(commands, "selectors", text, EXAMPLE)
+    selectors.add_argument("run", metavar="RUN", help="a run folder of tools/train.py")
+    text = "an attention layer of its network (default: %(default)s)"
+    selectors.add_argument("--layer", metavar="NAME", default="layers.0.blocks.0.attn", help=text)
+    for name, meaning, default in (
+        ("side", "height and width of the maps", 64),
+        ("region", "of a region", 8),
+    ):
+        text = f"{meaning} in pixels (default: {default})"
+        selectors.add_argument(f"--{name}", metavar="N", type=_count, default=default, help=text)
+
+    for measuring in (models, kernels, scaling, memory, selectors):
+        numbers = {
+            "threads": ("CPU threads", 1),
+            "repeats": ("rounds", {memory: 1, selectors: 3}.get(measuring, 10)),
+        }
         numbers |= {"batch": ("images", 1)} if measuring in (models, kernels) else {}
         for name, (meaning, default) in numbers.items():
             text = f"{meaning} (default: {default})"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import kernels, memory, models, report, scaling, simulation
+from benchmarks import kernels, memory, models, report, scaling, selector_claims, selectors, simulation
 from visionattn.engine.yaml_io import parse_pairs
 from visionattn.errors import InputError, as_input_error
 
@@ -67,6 +68,28 @@ def measure_scaling(options: Namespace) -> None:
     _run(rows, scaling.page, device, options, f"scaling_{device.type}")
 
 
+def compare_selectors(options: Namespace) -> None:
+    """Ways to attend to a part of a map, on a trained network; prints and saves a table, and draws it."""
+    if options.side % options.region:
+        raise InputError(f"--region must divide the side {options.side}, but is {options.region}")
+    device, region = _prepare(options), (options.region, options.region)
+    model, layer = selectors.open_layer(options.run, options.layer, device)
+    maps = selectors.read_maps(model, layer, options.side)
+    claims: list[str] = []
+
+    def rows() -> Iterator[selectors.Row]:
+        found = []
+        for row in selectors.measure_selectors(maps, region, repeats=options.repeats):
+            found.append(row)
+            yield row
+        growing = partial(selectors.read_maps, model, layer)
+        claims.extend(selector_claims.check_claims(found, maps, region, lambda side: growing(side)[0]))
+
+    page = partial(selectors.page, claims=claims)
+    found, output = _run(rows(), page, device, options, f"selectors_{device.type}")
+    selectors.plot(found, output.with_suffix(".png"))
+
+
 def simulate(options: Namespace) -> None:
     """The cost of tilings; prints a table."""
     given = {
@@ -97,7 +120,8 @@ def _run(
     device: torch.device,
     options: Namespace,
     name: str,
-) -> None:
+) -> tuple[list[Any], Path]:
+    """Print and save the rows; returns them, and the JSON file."""
     found = []
     for row in rows:
         found.append(row)
@@ -107,6 +131,7 @@ def _run(
     command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
     output = options.output or Path("benchmarks") / f"{name}.json"
     report.save(page(found), found, report.conditions(device), output, command)
+    return found, output
 
 
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
@@ -114,5 +139,6 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "kernels": compare_kernels,
     "memory": measure_memory,
     "scaling": measure_scaling,
+    "selectors": compare_selectors,
     "simulate": simulate,
 }

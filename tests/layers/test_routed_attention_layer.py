@@ -13,7 +13,15 @@ from visionattn.kernels import dense_attention, routed_attention, use_backend
 from visionattn.kernels.routed.selectors.table import SELECTORS
 from visionattn.layers import BiLevelRoutingAttention, RoutedAttention2d
 
-OPTIONS: dict[str, dict[str, Any]] = {"antidiagonal": {"threshold": 0.6, "stride": 3}, "topk": {"topk": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "antidiagonal": {"threshold": 0.6, "stride": 3},
+    "bound": {"topk": 2},
+    "gated": {"threshold": 0.4},
+    "hierarchical": {"topk": 2},
+    "mass": {"sparsity": 0.5},
+    "quantized": {"threshold": 0.3},
+    "topk": {"topk": 2},
+}
 # A map that 3x3 regions do not divide, one that they do, and one inside a region.
 SIZES = [(7, 8), (6, 9), (2, 2)]
 
@@ -28,6 +36,10 @@ def layer(selector: str, **kwargs: Any) -> RoutedAttention2d:
     return RoutedAttention2d(16, 2, selector, 3, **kwargs, **OPTIONS[selector]).double()
 
 
+def rows(selector: str) -> dict[str, int]:
+    return {"query_region_size": 1} if SELECTORS[selector].per_pixel else {}
+
+
 def heads(net: RoutedAttention2d, x: Tensor) -> list[Tensor]:
     return [t.unflatten(-1, (2, 8)) for t in net.qkv(x).chunk(3, -1)]
 
@@ -38,7 +50,7 @@ def test_border_regions_have_the_pixels_that_there_are(selector: str, size: tupl
     q, k, v = heads(net, x)
     lists = SELECTORS[selector].regions(q, k, 3, **OPTIONS[selector])
     with use_backend("reference"):
-        out = routed_attention(q, k, v, lists, 3)
+        out = routed_attention(q, k, v, lists, 3, **rows(selector))
     torch.testing.assert_close(net(x), net.proj(out.flatten(3)))
 
 
@@ -52,8 +64,8 @@ def test_filling_up_before_and_after_the_projection(selector: str, size: tuple[i
         local = net.lepe(maps[2].flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         lists = SELECTORS[selector].regions(*maps[:2], 3, **OPTIONS[selector])
         if pad == "projected":
-            maps = [F.pad(t, (0, 0, *fill)) for t in maps]
-        out = routed_attention(*maps, lists, 3).flatten(3)[:, :height, :width]
+            maps[1:] = [F.pad(t, (0, 0, *fill)) for t in maps[1:]]
+        out = routed_attention(*maps, lists, 3, **rows(selector)).flatten(3)[:, :height, :width]
         torch.testing.assert_close(net(x), net.proj(out + local[:, :height, :width]))
 
 

@@ -15,25 +15,75 @@ from visionattn.kernels.local.op import (
 )
 from visionattn.kernels.merge import merge_attention
 from visionattn.kernels.product.op import product
+from visionattn.kernels.routed.blocks import Blocks, block_attention, sort_blocks
+from visionattn.kernels.routed.lists import union_regions
 from visionattn.kernels.routed.op import routed_attention
+from visionattn.kernels.routed.partitions import (
+    Clusters,
+    cluster_attention,
+    kmeans_blocks,
+    lsh_attention,
+    lsh_codes,
+    region_blocks,
+)
+from visionattn.kernels.routed.patterns import (
+    layers_to_reach,
+    power_regions,
+    radial_regions,
+    strided_regions,
+    window_regions,
+)
 from visionattn.kernels.routed.selectors.affinity import topk_regions
 from visionattn.kernels.routed.selectors.antidiagonal import antidiagonal_regions
+from visionattn.kernels.routed.selectors.bounds import bound_regions
+from visionattn.kernels.routed.selectors.chunks import topk_blocks
+from visionattn.kernels.routed.selectors.dynamic_mask import dynamic_mask_keys
+from visionattn.kernels.routed.selectors.gated import gated_regions
+from visionattn.kernels.routed.selectors.hierarchical import hierarchical_regions
+from visionattn.kernels.routed.selectors.mass import mass_regions
+from visionattn.kernels.routed.selectors.nucleus import topp_blocks
+from visionattn.kernels.routed.selectors.quantized import quantized_regions
+from visionattn.kernels.routed.selectors.static import best_pattern
 
 __all__ = [
     "BACKENDS",
+    "Blocks",
     "Choice",
+    "Clusters",
     "agent_attention",
     "antidiagonal_regions",
+    "best_pattern",
+    "block_attention",
+    "bound_regions",
+    "cluster_attention",
     "dense_attention",
+    "dynamic_mask_keys",
     "explain",
+    "gated_regions",
     "grid_attention",
+    "hierarchical_regions",
+    "kmeans_blocks",
+    "layers_to_reach",
     "linear_attention",
+    "lsh_attention",
+    "lsh_codes",
+    "mass_regions",
     "merge_attention",
     "neighborhood_attention",
     "overlapping_window_attention",
+    "power_regions",
     "product",
+    "quantized_regions",
+    "radial_regions",
+    "region_blocks",
     "routed_attention",
+    "sort_blocks",
+    "strided_regions",
+    "topk_blocks",
     "topk_regions",
+    "topp_blocks",
+    "union_regions",
     "use_backend",
     "window_attention",
+    "window_regions",
 ]

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -98,7 +99,7 @@ def refuses_fused(x: Tensor, *args: Any) -> str | None:
         return f"the fused kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
     if x.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         return "Triton's interpreter computes nonsense in bfloat16"
-    for t in (x, *args):
+    for t in chain((x,), *(a if isinstance(a, tuple) else (a,) for a in args)):
         # Offsets inside an image, or inside a head of a bias.
         if isinstance(t, Tensor) and sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:])) >= 2**31:
             return "the fused kernels address 2**31 numbers per image"

@@ -30,7 +30,10 @@ class RoutedAttention2d(nn.Module):
         num_heads: attention heads.
         selector: how lists are made: the name of a selector, or a `Selector`. `"topk"`: the `topk` regions of
             largest affinity (BiFormer, `visionattn.kernels.topk_regions`); `"antidiagonal"`: the fewest that
-            hold `threshold` of the attention (XAttention, `visionattn.kernels.antidiagonal_regions`).
+            hold `threshold` of the attention (XAttention, `antidiagonal_regions`); `"bound"` (LServe,
+            `bound_regions`); `"gated"`: lists for every pixel (VMoBA, `gated_regions`); `"hierarchical"`
+            (HiP, `hierarchical_regions`); `"mass"`: by the exact attention (AdaSpa, `mass_regions`);
+            `"quantized"` (SALE, `quantized_regions`).
         region_size: side of a region in pixels, or (height, width); None makes the whole map one region.
         pad: how maps that regions do not divide are filled up on the right and bottom. None: not at all,
             border regions are smaller. `"input"`: zero pixels before the projection, so that their keys and
@@ -88,10 +91,19 @@ class RoutedAttention2d(nn.Module):
         indices = self.selector.regions(q, k, region, **self.options)
         local = None if self.lepe is None else on_nhwc(self.lepe, v.flatten(3))
         if self.pad == "projected":
-            maps = (extend_to(t.flatten(3), *filled) for t in (q, k, v))
-            q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in maps)
-        is_full = self.selector.is_full
-        out = routed_attention(q, k, v, indices, region, scale=self.scale, distinct=is_full)
+            maps = (extend_to(t.flatten(3), *filled) for t in (k, v))
+            k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in maps)
+        out = routed_attention(
+            q,
+            k,
+            v,
+            indices,
+            region,
+            scale=self.scale,
+            query_region_size=1 if self.selector.per_pixel else None,
+            distinct=True,
+            full=self.selector.is_full,
+        )
         out = out.flatten(3)[:, :height, :width]
         return self.proj(out if local is None else out + local[:, :height, :width])
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from list_cases import CASES, inputs_of
 from test_routed_attention import SHAPES, make
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -68,9 +69,28 @@ def test_equals_the_formula(
         assert (ours.double() - theirs).norm() <= (1e-6 if dtype == torch.float32 else 1e-3) * theirs.norm()
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_list(name: str) -> None:
+    inputs, arguments = inputs_of(CASES[name], torch.float32)
+
+    def outcome(backend: str, inputs: list[Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        bias = leaves[3] if len(leaves) > 3 else None
+        with use_backend(backend):
+            out, lse = routed_attention(*leaves[:3], bias=bias, return_lse=True, **arguments)
+        lse = lse.masked_fill(lse == float("-inf"), 0)
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
+        return [out, lse, *torch.autograd.grad((out, lse), leaves, weights)]
+
+    expected = outcome("reference", [x.double() for x in inputs])
+    for ours, theirs in zip(outcome("triton", inputs), expected):
+        assert (ours.double() - theirs).norm() <= 1e-6 * theirs.norm()
+
+
 def test_reverse_lists_name_every_query_once_and_in_order() -> None:
     _, indices, _ = make(SHAPES[0], "padded")
-    starts, queries = reverse_lists(indices)
+    starts, queries = reverse_lists(indices, indices.shape[2])
     for i, j in itertools.product(*map(range, indices.shape[:2])):
         for region in range(indices.shape[2]):
             listing = queries[i, j, starts[i, j, region] : starts[i, j, region + 1]].tolist()
@@ -79,11 +99,13 @@ def test_reverse_lists_name_every_query_once_and_in_order() -> None:
 
 def test_registered_with_pytorch() -> None:
     qkv, indices, _ = make((3, 4, (2, 2), 1, 4, 2), "whole", dtype=torch.float32)
-    numbers = ([2, 2], 0.5, True, True, "triton")
-    torch.library.opcheck(torch.ops.visionattn.routed_attention.default, (*qkv, indices, None, *numbers))
+    numbers = ([2, 2], [2, 2], 0.5, True, True, "triton")
+    torch.library.opcheck(
+        torch.ops.visionattn.routed_attention.default, (*qkv, indices, None, None, *numbers)
+    )
     contiguous = [x.detach().contiguous().requires_grad_() for x in qkv]
     _, _, table = make((3, 4, (2, 2), 1, 4, 2), "whole", "table", torch.float32)
-    arguments = (*contiguous, indices, table, *numbers)
+    arguments = (*contiguous, indices, None, table, *numbers)
     torch.library.opcheck(torch.ops.visionattn.routed_attention.default, arguments)
 
 

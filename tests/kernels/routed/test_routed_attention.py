@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels import explain, routed_attention, use_backend
-from visionattn.kernels.routed.plain import attention as pytorch
+from visionattn.kernels.routed.plain import rows as pytorch
 
 # height, width, region, heads, head_dim, topk: one region, regions of one pixel, all regions, cut borders.
 SHAPES = [
@@ -47,7 +47,7 @@ def make(
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """One or a few lists at a time, so that small maps take many chunks."""
-    monkeypatch.setattr(pytorch, "_CPU_CHUNK", 100)
+    monkeypatch.setattr(pytorch, "CPU_CHUNK", 100)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -148,9 +148,9 @@ def test_training_keeps_its_arguments_only() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"indices": torch.zeros(2, 1, 9, 2, dtype=torch.int32)}, "names a region twice"),
+        ({"indices": torch.zeros(2, 1, 9, 2, dtype=torch.int32)}, "names the same one twice"),
         ({"indices": torch.full((2, 1, 9, 1), 9)}, "must lie in -1"),
-        ({"indices": torch.zeros(2, 1, 8, 2, dtype=torch.int32)}, "the map has 9"),
+        ({"indices": torch.zeros(2, 1, 8, 2, dtype=torch.int32)}, "the queries have 9 regions"),
         ({"indices": torch.zeros(2, 1, 9, 2)}, "must be int32 or int64"),
         ({"bias": torch.zeros(3, 5, 5)}, "bias has shape"),
         ({"region_size": 0}, "region_size must be"),

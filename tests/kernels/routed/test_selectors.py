@@ -18,10 +18,17 @@ from visionattn.kernels.routed.selectors.table import SELECTORS, Selector
 # For each selector the arguments of its scores, those of its pick, and a wrong one with what is said of it.
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "antidiagonal": ({"stride": 3}, {"threshold": 0.6}, {"threshold": 0}, "threshold must be above 0"),
+    "bound": ({}, {"topk": 3}, {"topk": 0}, "topk must be at least 1"),
+    "gated": ({}, {"threshold": 0.4}, {"threshold": 1.5}, "threshold must be above 0 and at most 1"),
+    "hierarchical": ({}, {"topk": 3}, {"topk": 0}, "topk must be at least 1"),
+    "mass": ({}, {"sparsity": 0.6}, {"sparsity": 1.0}, "sparsity must be at least 0 and below 1"),
+    "quantized": ({}, {"threshold": 0.3}, {"threshold": 0}, "threshold must be above 0"),
     "topk": ({}, {"topk": 3}, {"topk": 0}, "topk must be at least 1"),
 }
+# Those that list the own region of every query, whatever its score.
+WITH_OWN = {"gated", "quantized"}
 # height, width, region: regions divide both sides, one, none; a region is a pixel, or the map.
-MAPS = [(6, 8, (2, 4)), (6, 7, (3, 2)), (7, 5, (3, 2)), (3, 4, (1, 1)), (4, 5, (4, 5))]
+MAPS = [(6, 8, (2, 4)), (6, 7, (3, 2)), (7, 5, (3, 2)), (3, 4, (1, 1)), (4, 5, (4, 5)), (1, 9, (1, 2))]
 BATCH, HEADS, DIM = 2, 2, 4
 
 
@@ -56,23 +63,30 @@ def test_lists_are_distinct_regions_of_the_map_best_first(
 ) -> None:
     q, k = make(height, width)
     count = -(-height // region[0]) * -(-width // region[1])
-    scores = selector.scores(q, k, region, **OPTIONS[name][0])
-    assert scores.shape[0] == BATCH
-    assert scores.shape[1] in (1, HEADS)
-    assert scores.shape[2:] == (count, count)
+    rows = height * width if selector.per_pixel else count
     lists = select(name, q, k, region)
     assert lists.dtype == torch.int32
-    assert lists.shape[:3] == scores.shape[:3]
+    assert lists.shape[0] == BATCH
+    assert lists.shape[1] in (1, HEADS)
+    assert lists.shape[2] == rows
     assert not lists.requires_grad
     assert (lists[..., 0] >= 0).all()
     assert (lists >= 0).any((0, 1, 2)).all(), "lists are cut to the longest"
     if selector.is_full:
         assert (lists >= 0).all()
-    for row, listed in zip(scores.flatten(0, 2).tolist(), lists.flatten(0, 2).tolist()):
+    for listed in lists.flatten(0, 2).tolist():
         named = [n for n in listed if n >= 0]
         assert listed == named + [-1] * (len(listed) - len(named))
         assert len(set(named)) == len(named)
-        assert named == sorted(range(count), key=lambda n: (-row[n], n))[: len(named)]
+        assert max(named) < count
+    if selector.scores is None:
+        return
+    scores = selector.scores(q, k, region, **OPTIONS[name][0])
+    assert scores.shape == (*lists.shape[:3], count)
+    for row, listed in zip(scores.flatten(0, 2).tolist(), lists.flatten(0, 2).tolist()):
+        named = [n for n in listed if n >= 0]
+        others = named if name in WITH_OWN else range(count)
+        assert named == sorted(others, key=lambda n: (-row[n], n))[: len(named)]
 
 
 @pytest.mark.parametrize(("height", "width", "region"), MAPS)
@@ -85,9 +99,11 @@ def test_decisions_are_those_of_float32(
         assert torch.equal(select(name, q, k, region), expected)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(select(name, q, k, region), expected)
-            assert selector.scores(q, k, region, **OPTIONS[name][0]).dtype == torch.float32
-    double = make(height, width, torch.float64)
-    assert selector.scores(*double, region, **OPTIONS[name][0]).dtype == torch.float64
+            if selector.scores is not None:
+                assert selector.scores(q, k, region, **OPTIONS[name][0]).dtype == torch.float32
+    if selector.scores is not None:
+        double = make(height, width, torch.float64)
+        assert selector.scores(*double, region, **OPTIONS[name][0]).dtype == torch.float64
 
 
 def test_decisions_do_not_vary(name: str) -> None:
@@ -97,8 +113,9 @@ def test_decisions_do_not_vary(name: str) -> None:
     for maps in ((q, k), (flat, flat)):
         first = select(name, *maps, (2, 3))
         assert all(torch.equal(select(name, *maps, (2, 3)), first) for _ in range(5))
-    # The first of the regions that divide the map alike.
-    assert (select(name, flat[:, :6, :6], flat[:, :6, :6], (2, 3))[..., 0] == 0).all()
+    if name not in WITH_OWN:
+        # The first of the regions that divide the map alike.
+        assert (select(name, flat[:, :6, :6], flat[:, :6, :6], (2, 3))[..., 0] == 0).all()
 
 
 def test_an_empty_batch_has_no_lists(name: str) -> None:
@@ -112,8 +129,10 @@ def test_lists_are_taken_by_the_attention(
 ) -> None:
     q, k = make(height, width, torch.float64)
     lists = select(name, q, k, region)
-    expected = routed_attention(q, k, k, lists, region)
-    torch.testing.assert_close(routed_attention(q, k, k, lists, region, distinct=selector.is_full), expected)
+    rows: Any = {"query_region_size": 1} if selector.per_pixel else {}
+    expected = routed_attention(q, k, k, lists, region, **rows)
+    out = routed_attention(q, k, k, lists, region, distinct=True, full=selector.is_full, **rows)
+    torch.testing.assert_close(out, expected)
 
 
 def test_compiles_whole_to_the_same_regions(name: str) -> None:

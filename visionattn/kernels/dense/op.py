@@ -8,6 +8,7 @@ from torch import Tensor
 
 from visionattn.kernels.checks import check_dense_bias, check_maps
 from visionattn.kernels.dense.library import DENSE_ATTENTION
+from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.operator import leaf
 
 
@@ -36,6 +37,7 @@ def dense_attention(
 
 
 @leaf
+@grouped_heads(bias=0)
 def dense_attention(
     q: Tensor,
     k: Tensor,
@@ -52,7 +54,7 @@ def dense_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`, any strides.
-        k: keys `[B, height, width, heads, d]` of a map of any size.
+        k: keys `[B, height, width, heads, d]` of a map of any size, with more or fewer heads by any factor.
         v: values, as the keys.
         bias: added to the scaled logits, `[heads, H * W, height * width]`, with gradient.
         scale: multiplies q·k; `d ** -0.5` by default.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visionattn.kernels.checks import check_dense_bias, check_qkv
 from visionattn.kernels.dense.library import DENSE_ATTENTION
+from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.linear.library import LINEAR_ATTENTION
 from visionattn.kernels.operator import leaf
 
@@ -24,6 +25,7 @@ AGENT_ATTENTION = replace(DENSE_ATTENTION, name="agent_attention")
 
 
 @leaf
+@grouped_heads()
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -49,8 +51,8 @@ def linear_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         normalize: the normalisation above.
         scale: multiplies q·k; `d ** -0.5` by default. With `"sum"` it matters only against `eps` and `floor`;
             `1 / (H * W)` gives the form with means in place of sums.

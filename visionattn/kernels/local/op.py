@@ -8,6 +8,9 @@ sequence is a map of height 1 with windows of height 1. A bias is either
 - dense, `[heads, nq, nk]`, over the queries and keys of one whole block in row-major order;
 
 the shape tells which. It is added to the scaled logits and receives a gradient.
+
+k and v may have more heads than q, or fewer, by any factor (`kernels/grouped.py`); a bias has the larger
+number, or the smaller one where a group shares it, and the output the larger.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Literal, get_args, overload
 from torch import Tensor
 
 from visionattn.kernels.checks import check_bias, check_qkv, pair
+from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.local.library import LOCAL_ATTENTION
 from visionattn.kernels.local.pattern import (
     Border,
@@ -33,6 +37,7 @@ _BORDERS = get_args(Border)
 
 
 @leaf
+@grouped_heads(bias=0)
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -52,8 +57,8 @@ def window_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         window_size: side of a window in pixels, or (height, width).
         shift: windows begin at `shift + n * window_size`; Swin's cyclic roll by `-shift`.
         mask_shift: whether windows end at the border (Swin's mask). If False, the map is a torus.
@@ -79,6 +84,7 @@ def window_attention(
 
 
 @leaf
+@grouped_heads(bias=0)
 def overlapping_window_attention(
     q: Tensor,
     k: Tensor,
@@ -97,8 +103,8 @@ def overlapping_window_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         window_size: side of a query window in pixels, or (height, width).
         overlap: pixels by which the key window reaches beyond the query window on every side, or (y, x).
         border: keys beyond the map: `"zero"`, zero keys and values that take part in the softmax with their
@@ -130,6 +136,7 @@ def overlapping_window_attention(
 
 
 @leaf
+@grouped_heads(bias=0)
 def grid_attention(
     q: Tensor,
     k: Tensor,
@@ -147,8 +154,8 @@ def grid_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         grid_size: pixels per side of a grid, or (height, width).
         bias: relative table `[heads, 2 * height - 1, 2 * width - 1]` in grid steps or dense `[heads, height *
             width, height * width]`.
@@ -198,6 +205,7 @@ def neighborhood_attention(
 
 
 @leaf
+@grouped_heads(bias=0)
 def neighborhood_attention(
     q: Tensor,
     k: Tensor,
@@ -219,8 +227,8 @@ def neighborhood_attention(
 
     Args:
         q: queries `[B, H, W, heads, d]`.
-        k: keys, same shape.
-        v: values, same shape.
+        k: keys, same shape but for the number of heads.
+        v: values, as the keys.
         kernel_size: keys per side, or (height, width).
         stride: side of a block of queries that share their keys, or (y, x); at most the kernel size.
         dilation: pixels from one key to the next, or (y, x); a query sees pixels of its own residue only.

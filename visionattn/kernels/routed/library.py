@@ -10,24 +10,37 @@ from torch import Tensor
 
 from visionattn.kernels.operator import Definition, register
 from visionattn.kernels.routed import reference
+from visionattn.kernels.routed.call import Call
 from visionattn.kernels.routed.plain import attention as plain
 
 
-def _fused(*args: Any) -> tuple[Tensor, Tensor]:
+def _pack(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Any, ...]:
+    return q, k, v, *call[:3], list(call.query_region), list(call.region), *call[5:]
+
+
+def _unpack(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Call]:
+    return q, k, v, Call(*rest)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     from visionattn.kernels.routed.fused.forward import forward
 
-    *inputs, _return_lse, _distinct = args
-    return forward(*inputs)
+    return forward(q, k, v, call)
 
 
 def _fused_gradients(
-    grads: Sequence[Tensor | None], outputs: Sequence[Tensor], wanted: Sequence[bool], *args: Any
+    grads: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
+    wanted: Sequence[bool],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
 ) -> tuple[Tensor | None, ...]:
     from visionattn.kernels.routed.fused.backward import backward
 
-    *inputs, _return_lse, _distinct = args
     grad_out = torch.zeros_like(outputs[0]) if grads[0] is None else grads[0]
-    return backward(grad_out, grads[1], outputs, *inputs, with_bias=wanted[3])
+    return backward(grad_out, grads[1], outputs, q, k, v, call, wanted[3])
 
 
 def _flops(q: Sequence[int], indices: Sequence[int], region: Sequence[int], products: int) -> int:
@@ -39,8 +52,8 @@ def _flops(q: Sequence[int], indices: Sequence[int], region: Sequence[int], prod
 ROUTED_ATTENTION = register(
     Definition(
         name="routed_attention",
-        schema="Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? bias, SymInt[] region, float scale,"
-        " bool return_lse, bool distinct",
+        schema="Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? counts, Tensor? bias,"
+        " SymInt[] query_region, SymInt[] region, float scale, bool return_lse, bool is_full",
         implementations={
             "reference": reference.routed_attention,
             "torch": plain.routed_attention,
@@ -48,10 +61,12 @@ ROUTED_ATTENTION = register(
         },
         backwards={"torch": plain.gradients, "triton": _fused_gradients},
         flops=(
-            lambda q, k, v, indices, bias, region, *args: _flops(q, indices, region, 2),
+            lambda q, k, v, indices, counts, bias, query_region, region, *args: _flops(q, indices, region, 2),
             # Two kernels compute the logits and the gradients of the weights, then one and two products more.
-            lambda q, k, v, indices, bias, region, *args: _flops(q, indices, region, 7),
+            lambda q, k, v, indices, counts, bias, query_region, region, *args: _flops(q, indices, region, 7),
         ),
-        constants=("indices",),
+        constants=("indices", "counts"),
+        pack=_pack,
+        unpack=_unpack,
     )
 )

@@ -11,50 +11,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from visionattn.kernels.routed.call import Call
+from visionattn.kernels.routed.lists import listed_regions
 
-def routed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-    return_lse: bool,
-    distinct: bool,
-) -> tuple[Tensor, Tensor | None]:
+
+def routed_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """Output `[B, H, W, heads, d]` and log-sum-exp `[B, H, W, heads]`; arguments as in `op.py`.
 
-    `distinct` lets other implementations save work; writing a list as a mask needs no promise about it.
+    A promise about the lists lets other implementations save work; a mask needs none.
     """
-    height, width = q.shape[1:3]
-    region_of = region_numbers(height, width, region, q.device)
-    regions = indices.shape[2]
-    # Column `regions` collects the padding and is cut off.
-    listed = indices.new_zeros((*indices.shape[:3], regions + 1), dtype=torch.bool)
-    listed.scatter_(3, torch.where(indices < 0, regions, indices).long(), True)
-    visible = listed[:, :, region_of][..., region_of]
+    size = q.shape[1:3]
+    query_region_of, _ = places(size, call.query_region, q.device)
+    region_of, place = places(k.shape[1:3], call.region, q.device)
+    regions = -(-k.shape[1] // call.region[0]) * -(-k.shape[2] // call.region[1])
+    visible = listed_regions(call.indices, regions)[:, :, query_region_of][..., region_of]
+    if call.counts is not None:
+        visible = visible & (place < call.counts[..., region_of])[:, :, None]
 
-    logits = torch.einsum("bqhd,bkhd->bhqk", q.flatten(1, 2) * scale, k.flatten(1, 2))
-    if bias is not None:
-        logits = logits + bias_of_pairs(bias, height, width)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.flatten(1, 2) * call.scale, k.flatten(1, 2))
+    if call.bias is not None:
+        logits = logits + bias_of_pairs(call.bias, *size)
     logits = logits.masked_fill(~visible, float("-inf"))
     empty = ~visible.any(-1, keepdim=True)
     logits = logits.masked_fill(empty, 0)
     lse = logits.logsumexp(-1, keepdim=True)
     weights = (logits - lse).exp().masked_fill(empty, 0)
-    out = torch.einsum("bhqk,bkhd->bqhd", weights, v.flatten(1, 2))
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v.flatten(1, 2)).unflatten(1, size)
     lse = lse.masked_fill(empty, float("-inf")).squeeze(-1).transpose(1, 2)
-    return out.unflatten(1, (height, width)), lse.unflatten(1, (height, width)) if return_lse else None
+    return out, lse.unflatten(1, size) if call.return_lse else None
 
 
-def region_numbers(
-    height: int, width: int, region: Sequence[int], device: torch.device | None = None
-) -> Tensor:
-    """The region of each pixel `[H * W]`; regions and pixels in row-major order."""
-    y = torch.arange(height, device=device) // region[0]
-    x = torch.arange(width, device=device) // region[1]
-    return (y[:, None] * -(-width // region[1]) + x).flatten()
+def places(
+    size: Sequence[int], region: Sequence[int], device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """The region of each pixel of a map of `size` (height, width), and its place in it, `[H * W]`; regions,
+    places and pixels in row-major order."""
+    height, width = size
+    y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    region_of = y // region[0] * -(-width // region[1]) + x // region[1]
+    return region_of.flatten(), (y % region[0] * region[1] + x % region[1]).flatten()
 
 
 def bias_of_pairs(bias: Tensor, height: int, width: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,39 @@ def region_means(x: Tensor, region: Sequence[int]) -> Tensor:
     return (x.sum(4).sum(2) / (region[0] * region[1])).flatten(1, 2)
 
 
+def split_heads(means: Tensor, heads: int) -> Tensor:
+    """`[B, heads, regions, d]` of region means `[B, regions, heads * d]`."""
+    return means.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def pixels_inside(x: Tensor, region: Sequence[int]) -> Tensor:
+    """Which pixels of each region lie on the map `[B, H, W, ...]`: booleans `[regions, pixels]`."""
+    return to_rows(x.new_ones((1, *x.shape[1:3], 1, 1)), region).squeeze(-1) > 0
+
+
+def region_grid(
+    height: int, width: int, region: Sequence[int], device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """The row and the column `[regions]` of each region in the grid of regions."""
+    rows, columns = -(-height // region[0]), -(-width // region[1])
+    number = torch.arange(rows * columns, device=device)
+    return number // columns, number % columns
+
+
+def query_chunks(x: Tensor, regions: int, numbers: int) -> Iterator[slice]:
+    """Slices of query regions, so that what is held for them at a time stays within the caches of a CPU.
+
+    Args:
+        x: a tensor on the device that computes.
+        regions: how many query regions there are.
+        numbers: how many numbers are held for one of them.
+    """
+    most = 2**20 if x.device.type == "cpu" else 2**26
+    step = max(1, most // max(1, numbers))
+    for start in range(0, regions, step):
+        yield slice(start, min(start + step, regions))
+
+
 def check_maps(name: str, q: Tensor, k: Tensor, region_size: int | tuple[int, int]) -> tuple[int, int]:
     """Check the maps `[B, H, W, heads, d]` that a selector called `name` compares; returns (height, width) of
     a region.
@@ -72,3 +105,14 @@ def check_counts(name: str, **counts: int | None) -> None:
     for argument, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}: {argument} must be at least 1, got {count}")
+
+
+def check_shares(name: str, **shares: float | None) -> None:
+    """Check that the arguments of a selector called `name` that are shares lie in (0, 1]; None is none.
+
+    Raises:
+        ValueError: one of them does not.
+    """
+    for argument, share in shares.items():
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"{name}: {argument} must be above 0 and at most 1, got {share}")

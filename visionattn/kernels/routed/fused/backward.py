@@ -10,29 +10,33 @@ values: every program owns its keys, so that sums are made in one order and equa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from visionattn.kernels.routed.call import Call
 from visionattn.kernels.routed.fused.bias import bias_gradient
 from visionattn.kernels.routed.fused.geometry import (
     bias_of_head,
     bias_of_keys,
     bias_of_queries,
-    geometry,
+    counts_of_head,
+    list_of,
     listed_pixels,
     num_programs,
     offset_of,
     own_pixels,
     place,
+    prepare,
     row_of,
     rows_of_image,
     scores,
     set_of_lists,
 )
-from visionattn.kernels.triton_rows import LOG2_E, equally_strided, load_rows, store_rows, tile_options
+from visionattn.kernels.triton_rows import LOG2_E, load_rows, store_rows, tile_options
 
 
 @triton.jit
@@ -41,6 +45,8 @@ def query_kernel(
     k,
     v,
     lists,
+    ends,
+    list_counts,
     bias,
     out,
     lse,
@@ -50,7 +56,10 @@ def query_kernel(
     grad_q,
     scale,
     strides,
-    regions,
+    strides_k,
+    query_regions,
+    key_regions,
+    sets,
     bias_strides,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -59,12 +68,13 @@ def query_kernel(
     PRECISION: tl.constexpr,
 ):
     """Δ and the gradient of the queries of one tile."""
-    at = place(tl.program_id(0), regions, OWN)
-    own = own_pixels(at, regions, OWN)
-    begin = at.batch * strides.b + at.head * strides.h
-    query = load_rows(q + begin, offset_of(own, strides), own.valid, HEAD_DIM, BLOCK_D)
-    row = row_of(own, at.head, regions)
-    image = rows_of_image(at.batch, regions)
+    at = place(tl.program_id(0), query_regions, OWN)
+    own = own_pixels(at, query_regions, OWN)
+    q += at.batch * strides.b + at.head * strides.h
+    query = load_rows(q, offset_of(own, strides), own.valid, HEAD_DIM, BLOCK_D)
+    begin = at.batch * strides_k.b + at.head * strides_k.h
+    row = row_of(own, at.head, query_regions)
+    image = rows_of_image(at.batch, query_regions)
     grad = load_rows(grad_out + image * HEAD_DIM, row * HEAD_DIM, own.valid, HEAD_DIM, BLOCK_D)
     result = load_rows(out + image * HEAD_DIM, row * HEAD_DIM, own.valid, HEAD_DIM, BLOCK_D)
     drop = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
@@ -74,14 +84,16 @@ def query_kernel(
     # An empty list has the log-sum-exp -inf; all its weights are masked below.
     norm = tl.load(lse + image + row, mask=own.valid, other=0.0)
     norm = tl.where(norm == float("-inf"), 0.0, norm) * LOG2_E
-    lists += (set_of_lists(at.batch, at.head, regions) * regions.count + at.region) * regions.topk
+    lists, counts, count = list_of(
+        lists, ends, list_counts, at.batch, at.head, at.region, sets, query_regions
+    )
     bias = bias_of_head(bias, at.head, bias_strides)
     own_part = bias_of_queries(own, bias_strides)
 
     acc = tl.zeros([OWN, BLOCK_D], tl.float32)
-    for start in range(0, regions.topk * regions.region_h * regions.region_w, OTHERS):
-        others = listed_pixels(lists, start, regions.topk, regions, OTHERS)
-        offset = offset_of(others, strides)
+    for start in range(0, count * key_regions.region_h * key_regions.region_w, OTHERS):
+        others = listed_pixels(lists, start, count, counts, key_regions, OTHERS)
+        offset = offset_of(others, strides_k)
         key = load_rows(k + begin, offset, others.valid, HEAD_DIM, BLOCK_D)
         value = load_rows(v + begin, offset, others.valid, HEAD_DIM, BLOCK_D)
         part = bias_of_keys(others, bias_strides)
@@ -99,7 +111,8 @@ def key_kernel(
     k,
     v,
     starts,
-    queries,
+    listing,
+    counts,
     bias,
     lse,
     grad_out,
@@ -108,7 +121,10 @@ def key_kernel(
     grad_v,
     scale,
     strides,
-    regions,
+    strides_k,
+    query_regions,
+    key_regions,
+    sets,
     bias_strides,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -117,18 +133,23 @@ def key_kernel(
     PRECISION: tl.constexpr,
 ):
     """Gradients of one tile of keys and values, along the queries whose lists name its region."""
-    at = place(tl.program_id(0), regions, OWN)
-    own = own_pixels(at, regions, OWN)
-    begin = at.batch * strides.b + at.head * strides.h
-    key = load_rows(k + begin, offset_of(own, strides), own.valid, HEAD_DIM, BLOCK_D)
-    value = load_rows(v + begin, offset_of(own, strides), own.valid, HEAD_DIM, BLOCK_D)
-    lists = set_of_lists(at.batch, at.head, regions)
+    at = place(tl.program_id(0), key_regions, OWN)
+    own = own_pixels(at, key_regions, OWN)
+    present = own.valid
+    counts = counts_of_head(counts, at.batch, at.head, sets, key_regions)
+    if counts is not None:
+        present = present & (at.first + tl.arange(0, OWN) < tl.load(counts + at.region))
+    begin = at.batch * strides_k.b + at.head * strides_k.h
+    key = load_rows(k + begin, offset_of(own, strides_k), present, HEAD_DIM, BLOCK_D)
+    value = load_rows(v + begin, offset_of(own, strides_k), present, HEAD_DIM, BLOCK_D)
+    lists = set_of_lists(at.batch, at.head, sets)
     # A set of reverse lists has one start per region and one end more.
-    starts += lists * (regions.count + 1) + at.region
+    starts += lists * (key_regions.count + 1) + at.region
     first = tl.load(starts)
     count = tl.load(starts + 1) - first
-    queries += lists * regions.count * regions.topk + first
-    image = rows_of_image(at.batch, regions)
+    listing += lists * query_regions.count * sets.topk + first
+    image = rows_of_image(at.batch, query_regions)
+    q += at.batch * strides.b + at.head * strides.h
     grad_out += image * HEAD_DIM
     lse += image
     delta += image
@@ -137,12 +158,15 @@ def key_kernel(
 
     acc_k = tl.zeros([OWN, BLOCK_D], tl.float32)
     acc_v = tl.zeros([OWN, BLOCK_D], tl.float32)
-    for start in range(0, count * regions.region_h * regions.region_w, OTHERS):
-        others = listed_pixels(queries, start, count, regions, OTHERS)
-        row = row_of(others, at.head, regions)
-        query = load_rows(q + begin, offset_of(others, strides), others.valid, HEAD_DIM, BLOCK_D)
+    for start in range(0, count * query_regions.region_h * query_regions.region_w, OTHERS):
+        others = listed_pixels(listing, start, count, None, query_regions, OTHERS)
+        row = row_of(others, at.head, query_regions)
+        query = load_rows(q, offset_of(others, strides), others.valid, HEAD_DIM, BLOCK_D)
         grad = load_rows(grad_out, row * HEAD_DIM, others.valid, HEAD_DIM, BLOCK_D)
         norm = tl.load(lse + row, mask=others.valid, other=float("inf")) * LOG2_E
+        if counts is not None:
+            # Queries of which every listed key is absent have no weights.
+            norm = tl.where(norm == float("-inf"), float("inf"), norm)
         drop = tl.load(delta + row, mask=others.valid, other=0.0)
         part = bias_of_queries(others, bias_strides)
         logits = scores(key, query, own, others, bias, own_part, part, scale, PRECISION)
@@ -151,7 +175,11 @@ def key_kernel(
         grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
         grad_logits = weights * (grad_weights - drop[None, :])
         acc_k = tl.dot(grad_logits.to(query.dtype), query, acc_k, input_precision=PRECISION)
-    row = row_of(own, at.head, regions)
+    if counts is not None:
+        acc_k = tl.where(present[:, None], acc_k, 0.0)
+        acc_v = tl.where(present[:, None], acc_v, 0.0)
+    row = row_of(own, at.head, key_regions)
+    image = rows_of_image(at.batch, key_regions)
     store_rows(grad_k + image * HEAD_DIM, row * HEAD_DIM, own.valid, acc_k * scale, HEAD_DIM, BLOCK_D)
     store_rows(grad_v + image * HEAD_DIM, row * HEAD_DIM, own.valid, acc_v, HEAD_DIM, BLOCK_D)
 
@@ -163,46 +191,47 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
+    call: Call,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, contiguous, and of the bias if wanted; `outputs` are those of `forward`."""
-    q, k, v = equally_strided(q, k, v)
-    indices, bias = indices.to(torch.int32).contiguous(), None if bias is None else bias.contiguous()
+    q, k, v, lists, ends, list_counts, counts, bias, numbers = inputs = prepare(q, k, v, call)
     # The gradient of a sum is an expanded number.
     grad_out, grad_lse = grad_out.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     out, lse = outputs
-    grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    numbers = geometry(q, indices, region, bias)
-    options = {**numbers, **tile_options(q, region[0] * region[1], bias is not None, backward=True)}
-    grid = (num_programs(q, region, options["OWN"]),)
-    query_kernel[grid](q, k, v, indices, bias, out, lse, grad_out, grad_lse, delta, grad_q, scale, **options)
-    starts, queries = reverse_lists(indices)
-    key_kernel[grid](q, k, v, starts, queries, bias, lse, grad_out, delta, grad_k, grad_v, scale, **options)
+
+    def launched(x: Tensor, region: Sequence[int]) -> tuple[tuple[int], dict[str, Any]]:
+        tiles = tile_options(q, region[0] * region[1], bias is not None, backward=True)
+        return (num_programs(x, region, tiles["OWN"]),), {**numbers, **tiles}
+
+    grid, options = launched(q, call.query_region)
+    more = out, lse, grad_out, grad_lse, delta, grad_q, call.scale
+    query_kernel[grid](q, k, v, lists, ends, list_counts, bias, *more, **options)
+    starts, listing = reverse_lists(lists, numbers["key_regions"].count)
+    grid, options = launched(k, call.region)
+    more = lse, grad_out, delta, grad_k, grad_v, call.scale
+    key_kernel[grid](q, k, v, starts, listing, counts, bias, *more, **options)
     if bias is None or not with_bias:
         return grad_q, grad_k, grad_v, None
-    grad_bias = bias_gradient(q, k, v, indices, bias, lse, grad_out, delta, scale, numbers)
-    return grad_q, grad_k, grad_v, grad_bias
+    return grad_q, grad_k, grad_v, bias_gradient(inputs, lse, grad_out, delta, call.scale)
 
 
-def reverse_lists(indices: Tensor) -> tuple[Tensor, Tensor]:
+def reverse_lists(indices: Tensor, regions: int) -> tuple[Tensor, Tensor]:
     """The query regions that list each key region.
 
     Args:
-        indices: `[B, lists, regions, topk]`, -1 for padding.
+        indices: `[B, lists, rows, topk]`, -1 for padding.
+        regions: how many key regions there are.
 
     Returns:
-        `starts` `[B, lists, regions + 1]` int32 and `queries` `[B, lists, regions * topk]` int32: from number
+        `starts` `[B, lists, regions + 1]` int32 and `queries` `[B, lists, rows * topk]` int32: from number
         `starts[..., r]` to before `starts[..., r + 1]` stand the regions that list region r, ascending.
     """
-    regions, topk = indices.shape[2:]
     # Padding goes behind everything.
     flat = torch.where(indices < 0, regions, indices).flatten(2)
     listed, order = flat.sort(dim=-1, stable=True)
     bounds = torch.arange(regions + 1, dtype=flat.dtype, device=flat.device).expand(*flat.shape[:2], -1)
     starts = torch.searchsorted(listed, bounds.contiguous(), out_int32=True)
-    return starts, (order // topk).to(torch.int32)
+    return starts, (order // max(indices.shape[3], 1)).to(torch.int32)

@@ -17,16 +17,20 @@ from torch import Tensor
 
 from visionattn.kernels.routed.fused.geometry import (
     Pixels,
+    Prepared,
     bias_of_head,
     bias_of_keys,
     bias_of_queries,
+    counts_of_head,
     is_table,
     offset_of,
+    region_of,
     row_of,
     rows_of_image,
     scores,
     set_of_lists,
 )
+from visionattn.kernels.routed.lists import listed_regions
 from visionattn.kernels.triton_rows import LOG2_E, load_rows, padded_head_dim, precision
 
 
@@ -36,6 +40,7 @@ def bias_kernel(
     k,
     v,
     listed,
+    counts,
     bias,
     lse,
     grad_out,
@@ -44,7 +49,10 @@ def bias_kernel(
     scale,
     batch,
     strides,
-    regions,
+    strides_k,
+    query_regions,
+    key_regions,
+    sets,
     bias_strides,
     IS_TABLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -52,23 +60,23 @@ def bias_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`grad_bias` `[heads, row pairs or distances, width, width]`: a tile of `BLOCK` by `BLOCK` columns."""
-    width, height = regions.width, regions.height
-    tiles = tl.cdiv(width, BLOCK)
+    """`grad_bias` `[heads, row pairs or distances, width, key width]`: `BLOCK` by `BLOCK` columns."""
+    width, height, key_width = query_regions.width, query_regions.height, key_regions.width
+    tiles, key_tiles = tl.cdiv(width, BLOCK), tl.cdiv(key_width, BLOCK)
     program = tl.program_id(0)
     x = program % tiles * BLOCK + tl.arange(0, BLOCK)
-    key_x = program // tiles % tiles * BLOCK + tl.arange(0, BLOCK)
-    entry = program // (tiles * tiles)
+    key_x = program // tiles % key_tiles * BLOCK + tl.arange(0, BLOCK)
+    entry = program // (tiles * key_tiles)
     if IS_TABLE:
         entries = 2 * height - 1
         distance = entry % entries - (height - 1)
         first = tl.maximum(0, -distance)
         last = tl.minimum(height, height - distance)
     else:
-        entries = height * height
-        first = entry % entries // height
+        entries = height * key_regions.height
+        first = entry % entries // key_regions.height
         last = first + 1
-        distance = entry % entries % height - first
+        distance = entry % entries % key_regions.height - first
     head = entry // entries
     bias = bias_of_head(bias, head, bias_strides)
 
@@ -77,61 +85,59 @@ def bias_kernel(
         image = (step // (last - first)).to(tl.int64)
         y = first + step % (last - first)
         queries = Pixels(y, x, x < width)
-        keys = Pixels(y + distance, key_x, key_x < width)
+        keys = Pixels(y + distance, key_x, key_x < key_width)
         begin = image * strides.b + head * strides.h
         query = load_rows(q + begin, offset_of(queries, strides), queries.valid, HEAD_DIM, BLOCK_D)
-        key = load_rows(k + begin, offset_of(keys, strides), keys.valid, HEAD_DIM, BLOCK_D)
-        value = load_rows(v + begin, offset_of(keys, strides), keys.valid, HEAD_DIM, BLOCK_D)
-        row = row_of(queries, head, regions)
-        start = rows_of_image(image, regions)
+        begin = image * strides_k.b + head * strides_k.h
+        key = load_rows(k + begin, offset_of(keys, strides_k), keys.valid, HEAD_DIM, BLOCK_D)
+        value = load_rows(v + begin, offset_of(keys, strides_k), keys.valid, HEAD_DIM, BLOCK_D)
+        row = row_of(queries, head, query_regions)
+        start = rows_of_image(image, query_regions)
         grad = load_rows(grad_out + start * HEAD_DIM, row * HEAD_DIM, queries.valid, HEAD_DIM, BLOCK_D)
         norm = tl.load(lse + start + row, mask=queries.valid, other=float("inf")) * LOG2_E
         drop = tl.load(delta + start + row, mask=queries.valid, other=0.0)
-        region = queries.y // regions.region_h * regions.columns + x // regions.region_w
-        key_region = keys.y // regions.region_h * regions.columns + key_x // regions.region_w
-        own_lists = listed + set_of_lists(image, head, regions) * regions.count * regions.count
+        region = region_of(queries, query_regions)
+        key_region = region_of(keys, key_regions)
+        own_lists = listed + set_of_lists(image, head, sets) * query_regions.count * key_regions.count
         seen = tl.load(
-            own_lists + region[:, None] * regions.count + key_region[None, :],
+            own_lists + region[:, None] * key_regions.count + key_region[None, :],
             mask=queries.valid[:, None] & keys.valid[None, :],
             other=0,
         )
+        own_counts = counts_of_head(counts, image, head, sets, key_regions)
+        if own_counts is not None:
+            place = keys.y % key_regions.region_h * key_regions.region_w + key_x % key_regions.region_w
+            present = place < tl.load(own_counts + key_region, mask=keys.valid, other=0)
+            seen = tl.where(present[None, :], seen, 0)
         own_part, part = bias_of_queries(queries, bias_strides), bias_of_keys(keys, bias_strides)
         logits = scores(query, key, queries, keys, bias, own_part, part, scale, PRECISION)
         weights = tl.exp2(tl.where(seen != 0, logits - norm[:, None], float("-inf")))
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         acc += weights * (grad_weights - drop[:, None])
-    tile = grad_bias + entry.to(tl.int64) * width * width
-    mask = (x < width)[:, None] & (key_x < width)[None, :]
-    tl.store(tile + x[:, None] * width + key_x[None, :], acc, mask=mask)
+    tile = grad_bias + entry.to(tl.int64) * width * key_width
+    mask = (x < width)[:, None] & (key_x < key_width)[None, :]
+    tl.store(tile + x[:, None] * key_width + key_x[None, :], acc, mask=mask)
 
 
 def bias_gradient(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    bias: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    delta: Tensor,
-    scale: float,
-    numbers: dict[str, Any],
-) -> Tensor:
-    """The gradient of a table or of a dense bias, in its shape and dtype.
-
-    The maps share their strides; `numbers` are their `geometry`.
-    """
+    inputs: Prepared, lse: Tensor, grad_out: Tensor, delta: Tensor, scale: float
+) -> Tensor | None:
+    """The gradient of a table or of a dense bias, in its shape and dtype."""
+    q, k, v, lists, _, _, counts, bias, numbers = inputs
+    if bias is None:
+        return None
     batch, height, width, heads, _ = q.shape
     relative = is_table(bias, q)
-    entries = 2 * height - 1 if relative else height * height
-    sums = torch.empty((heads, entries, width, width), dtype=torch.float32, device=q.device)
+    entries = 2 * height - 1 if relative else height * k.shape[1]
+    sums = torch.empty((heads, entries, width, k.shape[2]), dtype=torch.float32, device=q.device)
     options = {**numbers, **bias_launch_options(q, relative)}
-    grid = (heads * entries * triton.cdiv(width, options["BLOCK"]) ** 2,)
-    listed = listed_regions(indices)
-    bias_kernel[grid](q, k, v, listed, bias, lse, grad_out, delta, sums, scale, batch, **options)
+    block = options["BLOCK"]
+    grid = (heads * entries * triton.cdiv(width, block) * triton.cdiv(k.shape[2], block),)
+    listed = listed_regions(lists, numbers["key_regions"].count).to(torch.int8).contiguous()
+    bias_kernel[grid](q, k, v, listed, counts, bias, lse, grad_out, delta, sums, scale, batch, **options)
     if relative:
         return _sum_of_diagonals(sums).to(bias.dtype)
-    sums = sums.unflatten(1, (height, height)).transpose(2, 3)
+    sums = sums.unflatten(1, (height, k.shape[1])).transpose(2, 3)
     return sums.reshape(bias.shape).to(bias.dtype)
 
 
@@ -149,15 +155,6 @@ def bias_launch_options(q: Tensor, relative: bool) -> dict[str, Any]:
         "num_warps": 8,
         "num_stages": 1,
     }
-
-
-def listed_regions(indices: Tensor) -> Tensor:
-    """Lists written out `[B, lists, regions, regions]` int8: 1 where a region lists another."""
-    regions = indices.shape[2]
-    listed = torch.zeros((*indices.shape[:3], regions + 1), dtype=torch.int8, device=indices.device)
-    # The last column collects the padding and is cut off.
-    where = torch.where(indices < 0, regions, indices).long()
-    return listed.scatter_(3, where, 1)[..., :regions].contiguous()
 
 
 def _sum_of_diagonals(tiles: Tensor) -> Tensor:

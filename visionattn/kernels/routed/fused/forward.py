@@ -7,29 +7,28 @@ small regions share a tile. The files of this folder are imported only when a ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from visionattn.kernels.routed.call import Call
 from visionattn.kernels.routed.fused.geometry import (
     bias_of_head,
     bias_of_keys,
     bias_of_queries,
-    geometry,
+    list_of,
     listed_pixels,
     num_programs,
     offset_of,
     own_pixels,
     place,
+    prepare,
     row_of,
     rows_of_image,
     scores,
-    set_of_lists,
 )
-from visionattn.kernels.triton_rows import LN_2, equally_strided, load_rows, store_rows, tile_options
+from visionattn.kernels.triton_rows import LN_2, load_rows, store_rows, tile_options
 
 
 @triton.jit
@@ -38,12 +37,17 @@ def forward_kernel(
     k,
     v,
     lists,
+    ends,
+    list_counts,
     bias,
     out,
     lse,
     scale,
     strides,
-    regions,
+    strides_k,
+    query_regions,
+    key_regions,
+    sets,
     bias_strides,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -52,20 +56,23 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Output and log-sum-exp of one tile of queries."""
-    at = place(tl.program_id(0), regions, OWN)
-    own = own_pixels(at, regions, OWN)
-    begin = at.batch * strides.b + at.head * strides.h
-    query = load_rows(q + begin, offset_of(own, strides), own.valid, HEAD_DIM, BLOCK_D)
-    lists += (set_of_lists(at.batch, at.head, regions) * regions.count + at.region) * regions.topk
+    at = place(tl.program_id(0), query_regions, OWN)
+    own = own_pixels(at, query_regions, OWN)
+    q += at.batch * strides.b + at.head * strides.h
+    query = load_rows(q, offset_of(own, strides), own.valid, HEAD_DIM, BLOCK_D)
+    begin = at.batch * strides_k.b + at.head * strides_k.h
+    lists, counts, count = list_of(
+        lists, ends, list_counts, at.batch, at.head, at.region, sets, query_regions
+    )
     bias = bias_of_head(bias, at.head, bias_strides)
     own_part = bias_of_queries(own, bias_strides)
 
     best = tl.full([OWN], float("-inf"), tl.float32)
     total = tl.zeros([OWN], tl.float32)
     acc = tl.zeros([OWN, BLOCK_D], tl.float32)
-    for start in range(0, regions.topk * regions.region_h * regions.region_w, OTHERS):
-        others = listed_pixels(lists, start, regions.topk, regions, OTHERS)
-        offset = offset_of(others, strides)
+    for start in range(0, count * key_regions.region_h * key_regions.region_w, OTHERS):
+        others = listed_pixels(lists, start, count, counts, key_regions, OTHERS)
+        offset = offset_of(others, strides_k)
         key = load_rows(k + begin, offset, others.valid, HEAD_DIM, BLOCK_D)
         part = bias_of_keys(others, bias_strides)
         logits = scores(query, key, own, others, bias, own_part, part, scale, PRECISION)
@@ -82,31 +89,20 @@ def forward_kernel(
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    row = row_of(own, at.head, regions)
-    image = rows_of_image(at.batch, regions)
+    row = row_of(own, at.head, query_regions)
+    image = rows_of_image(at.batch, query_regions)
     store_rows(out + image * HEAD_DIM, row * HEAD_DIM, own.valid, acc / total[:, None], HEAD_DIM, BLOCK_D)
     norm = tl.where(empty, float("-inf"), (best + tl.log2(total)) * LN_2)
     tl.store(lse + image + row, norm, mask=own.valid)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, W, heads, d]`, log-sum-exp `[B, H, W, heads]` float32; arguments as in `library.py`."""
-    q, k, v = equally_strided(q, k, v)
-    indices, bias = indices.to(torch.int32).contiguous(), None if bias is None else bias.contiguous()
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, W, heads, d]`, log-sum-exp `[B, H, W, heads]` float32; arguments as in `op.py`."""
+    *inputs, _, bias, numbers = prepare(q, k, v, call)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-    options = {
-        **geometry(q, indices, region, bias),
-        **tile_options(q, region[0] * region[1], bias is not None),
-    }
+    region = call.query_region
+    options = {**numbers, **tile_options(q, region[0] * region[1], call.bias is not None)}
     grid = (num_programs(q, region, options["OWN"]),)
-    forward_kernel[grid](q, k, v, indices, bias, out, lse, scale, **options)
+    forward_kernel[grid](*inputs, bias, out, lse, call.scale, **options)
     return out, lse

@@ -1,54 +1,42 @@
 """Routed attention in fast plain PyTorch.
 
-Keys and values are laid out once as rows `[B * heads * regions, pixels, d]`, so that a selected region is one
-contiguous row and gathering it a plain copy, already in the layout that the attention reads. The lists are
-worked off in chunks whose gathered keys stay in the cache; training stores none of them, but gathers again in
-the backward pass.
+Eager calls work the lists off in chunks that stay in the cache: list by list (`rows.py`), or, where regions
+of queries are small beside those of keys, key region by key region (`columns.py`). Traced programs and
+derivatives of higher order take all lists in one piece, and PyTorch differentiates them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from visionattn._compat import is_functorch_active
 from visionattn.kernels.dense.plain.attention import attend, attend_lse, dense_attention
-from visionattn.kernels.precision import at_least_float32, without_autocast
+from visionattn.kernels.routed.call import Call
+from visionattn.kernels.routed.plain.columns import attend_from_keys, gradients_from_keys
+from visionattn.kernels.routed.plain.pairs import PairBias, lists_of_heads, present_keys, row_numbers
+from visionattn.kernels.routed.plain.rows import attend_to_lists, gather, gradients_of_lists
 from visionattn.kernels.routed.reference import bias_of_pairs
 from visionattn.kernels.routed.regions import from_rows, to_rows
 
-# How many numbers of gathered keys or of logits are held at a time: on a CPU what the caches take (the best
-# of 2**17 to 2**22 as measured), elsewhere what bounds memory without costing launches.
-_CPU_CHUNK, _CHUNK = 2**18, 2**26
 
-
-def routed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-    return_lse: bool,
-    distinct: bool,
-) -> tuple[Tensor, Tensor | None]:
+def routed_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp (None unless asked for); arguments as in `op.py`."""
-    if distinct and indices.shape[3] == indices.shape[2]:
+    if call.is_full and call.counts is None and call.indices.shape[3] == _num_regions(k, call):
         # Every region is listed: attention of the whole map, no need to sort it by regions.
-        bias = None if bias is None else bias_of_pairs(bias, *q.shape[1:3])
-        return dense_attention(q, k, v, bias, scale, return_lse)
-    pair_bias, empty = _pair_bias(q, indices, bias, region, distinct)
-    if return_lse or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        out, lse = _in_one_piece(q, k, v, indices, pair_bias, region, scale, return_lse)
-    else:
-        out, lse = _Chunked.apply(q, k, v, indices, pair_bias, region, scale), None
-    if empty is not None:
-        out = out.masked_fill(empty, 0)
-        lse = None if lse is None else lse.masked_fill(empty.squeeze(-1), float("-inf"))
-    return out, lse
+        bias = None if call.bias is None else bias_of_pairs(call.bias, *q.shape[1:3])
+        return dense_attention(q, k, v, bias, call.scale, call.return_lse)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _in_one_piece(q, k, v, call)
+    tensors = (q, k, v, *call[:3])
+    is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    # Recording a call for autograd costs as much as the attention of a small map.
+    attention = _Chunked.apply if is_recorded or is_functorch_active() else _Chunked.forward
+    out, *lse = attention(q, k, v, *call)
+    return out, lse[0] if call.return_lse else None
 
 
 def gradients(
@@ -58,222 +46,128 @@ def gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-    return_lse: bool,
-    distinct: bool,
+    call: Call,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and the bias, without autograd."""
-    pair_bias, empty = _pair_bias(q, indices, bias, region, distinct)
-    grad_out, grad_lse = grads
-    grad_out = torch.zeros_like(q) if grad_out is None else grad_out
-    if empty is not None:
-        grad_out = grad_out.masked_fill(empty, 0)
-        grad_lse = None if grad_lse is None else grad_lse.masked_fill(empty.squeeze(-1), 0)
-    tensors = (grad_out, grad_lse, q, k, v, indices, pair_bias)
-    *found, grad_pairs = _chunked_gradients(*tensors, region, scale, wanted[3])
-    if bias is None or grad_pairs is None:
-        return *found, None
-    head, entry = _bias_entries(q, indices, bias, region)
-    grad_bias = torch.zeros_like(bias.flatten(1))
-    grad_pairs = grad_pairs.squeeze(1).unflatten(0, (len(q), q.shape[3], -1))
-    return *found, grad_bias.index_put_((head, entry), grad_pairs, accumulate=True).view(bias.shape)
+    grad_out = torch.zeros_like(q) if grads[0] is None else grads[0]
+    if not _has_few_queries(call):
+        return gradients_of_lists(grad_out, grads[1], q, k, v, call, wanted[3])
+    return gradients_from_keys(grad_out, grads[1], attend_from_keys(q, k, v, call), q, k, v, call, wanted[3])
 
 
-def _in_one_piece(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    pair_bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """All lists at once: the form for compilers, and the one that is differentiable any number of times."""
-    rows = _row_numbers(indices, q.shape[3])
-    queries, keys, values = (to_rows(x, region) for x in (q, k, v))
-    queries, keys, values = (x[:, None] for x in (queries, *_gather(rows, keys, values)))
-    out, lse = _attend(queries, keys, values, pair_bias, scale, return_lse)
-    out, lse = out.squeeze(1), None if lse is None else lse.squeeze(1)[..., None]
-    return from_rows(out, q, region), None if lse is None else from_rows(lse, q, region).squeeze(-1)
+def _num_regions(k: Tensor, call: Call) -> int:
+    return -(-k.shape[1] // call.region[0]) * -(-k.shape[2] // call.region[1])
+
+
+def _has_few_queries(call: Call) -> bool:
+    """Whether regions of queries are so small that it pays to gather these in place of keys, as measured."""
+    return 16 * call.query_region[0] * call.query_region[1] <= call.region[0] * call.region[1]
 
 
 class _Chunked(torch.autograd.Function):
-    """`_in_one_piece`, chunk by chunk, keeping nothing but its arguments for the backward pass."""
+    """`_in_one_piece`, chunk by chunk, keeping its arguments for the backward pass, and its outputs where
+    that starts from them."""
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        indices: Tensor,
-        pair_bias: Tensor | None,
-        region: Sequence[int],
-        scale: float,
-    ) -> Tensor:
-        rows = _row_numbers(indices, q.shape[3])
-        queries, keys, values = (to_rows(x, region) for x in (q, k, v))
-        out = torch.empty_like(queries)
-        with without_autocast(q):
-            for part in _parts(rows, keys):
-                key, value = _gather(rows[part], keys, values)
-                mask = None if pair_bias is None else pair_bias[part]
-                chunk = attend(queries[part][:, None], key[:, None], value[:, None], mask, scale)
-                out[part] = chunk.squeeze(1)
-        return from_rows(out, q, region)
+    def forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, ...]:
+        called = Call(*call)
+        return (
+            attend_from_keys(q, k, v, called)
+            if _has_few_queries(called)
+            else attend_to_lists(q, k, v, called)
+        )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.region, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.numbers = inputs[6:]
+        ctx.save_for_backward(*inputs[:6], *(output if _has_few_queries(Call(*inputs[3:])) else ()))
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, indices, pair_bias = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, *tensors = ctx.saved_tensors
+        call = Call(*tensors[:3], *ctx.numbers)
+        grad_out = torch.zeros_like(q) if grads[0] is None else grads[0]
+        given = grad_out, grads[1] if len(grads) > 1 else None
+        with_bias = ctx.needs_input_grad[5]
         if torch.is_grad_enabled():
-            grads = _differentiable_gradients(grad_out, q, k, v, indices, pair_bias, ctx.region, ctx.scale)
+            found = _differentiable_gradients(*given, q, k, v, call)
+        elif outputs := tensors[3:]:
+            found = gradients_from_keys(*given, tuple(outputs), q, k, v, call, with_bias)
         else:
-            tensors, with_bias = (grad_out, None, q, k, v, indices, pair_bias), ctx.needs_input_grad[4]
-            grads = _chunked_gradients(*tensors, ctx.region, ctx.scale, with_bias)
-        return *grads[:3], None, grads[3], None, None
+            found = gradients_of_lists(*given, q, k, v, call, with_bias)
+        return *found[:3], None, None, found[3], *[None] * len(ctx.numbers)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        """A mapped axis is more batch: every tensor argument begins with the batch (times heads)."""
-        tensors = [
-            x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(args[:5], in_dims)
-        ]
-        out = _Chunked.apply(*(x if x is None else x.flatten(0, 1) for x in tensors), *args[5:])
-        return out.unflatten(0, (info.batch_size, -1)), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """A mapped axis is more batch; maps with a bias of their own are taken one by one."""
+        if in_dims[5] is not None:
+            samples = [
+                _Chunked.apply(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims)))
+                for i in range(info.batch_size)
+            ]
+            outs = tuple(torch.stack(parts) for parts in zip(*samples))
+        else:
+            batched = [
+                x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+                for x, dim in zip(args[:5], in_dims)
+            ]
+            outs = _Chunked.apply(*(x if x is None else x.flatten(0, 1) for x in batched), *args[5:])
+            outs = tuple(x.unflatten(0, (info.batch_size, -1)) for x in outs)
+        return outs, (0,) * len(outs)
 
 
-def _differentiable_gradients(grad_out: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v and pair_bias that can be differentiated again, by PyTorch's own rules."""
-    q, k, v, _indices, pair_bias = args[:5]
-    wanted = [x is not None and x.requires_grad for x in (q, k, v, pair_bias)]
-    inputs = [x for x in (q, k, v, pair_bias) if x is not None and x.requires_grad]
-    out, _ = _in_one_piece(*args, return_lse=False)
-    grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
-    return tuple(next(grads) if want else None for want in wanted)
-
-
-def _chunked_gradients(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    pair_bias: Tensor | None,
-    region: Sequence[int],
-    scale: float,
-    with_bias: bool,
+def _differentiable_gradients(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: Call
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v and, if wanted, pair_bias.
-
-    With P the weights and dP = dO Vᵀ: dS = P * (dP - rowsum(P * dP) + dLSE), dQ = scale dS K,
-    dK = scale dSᵀ Q, dV = Pᵀ dO.
-    """
-    rows = _row_numbers(indices, q.shape[3])
-    # In half precision the sums over all lists that name a key would lose their small terms.
-    queries, keys, values, outs = (at_least_float32(to_rows(x, region)) for x in (q, k, v, grad_out))
-    lses = None if grad_lse is None else to_rows(grad_lse[..., None], region)
-    grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    grad_bias = torch.empty_like(pair_bias) if pair_bias is not None and with_bias else None
-    with without_autocast(q):
-        for part in _parts(rows, keys):
-            key, value = _gather(rows[part], keys, values)
-            query, grad = queries[part] * scale, outs[part]
-            weights = query @ key.transpose(1, 2)
-            if pair_bias is not None:
-                weights += pair_bias[part].squeeze(1)
-            weights = weights.softmax(-1)
-            grad_logits = (grad @ value.transpose(1, 2)).mul_(weights)
-            total = grad_logits.sum(-1, keepdim=True)
-            grad_logits.addcmul_(weights, total if lses is None else total - lses[part], value=-1)
-            if grad_bias is not None:
-                grad_bias[part] = grad_logits.sum_to_size(grad_bias[part].squeeze(1).shape)[:, None]
-            torch.mul(grad_logits @ key, scale, out=grad_q[part])
-            listed = rows[part].flatten()
-            grad_k.index_add_(0, listed, (grad_logits.transpose(1, 2) @ query).view(-1, *keys.shape[1:]))
-            grad_v.index_add_(0, listed, (weights.transpose(1, 2) @ grad).view(-1, *keys.shape[1:]))
-    return *(from_rows(x.to(q.dtype), q, region) for x in (grad_q, grad_k, grad_v)), grad_bias
+    """Gradients of q, k, v and the bias that can be differentiated again, by PyTorch's own rules."""
+    tensors = (q, k, v, call.bias)
+    inputs = [x for x in tensors if x is not None and x.requires_grad]
+    out, lse = _in_one_piece(q, k, v, call._replace(return_lse=grad_lse is not None))
+    outs, weights = ([out], [grad_out]) if lse is None else ([out, lse], [grad_out, grad_lse])
+    grads = iter(torch.autograd.grad(outs, inputs, weights, create_graph=True))
+    return tuple(next(grads) if x is not None and x.requires_grad else None for x in tensors)
 
 
-def _parts(rows: Tensor, keys: Tensor) -> Iterator[slice]:
-    """The lists in chunks of about so many numbers, in gathered keys or, for large regions, logits."""
-    limit = _CPU_CHUNK if keys.device.type == "cpu" else _CHUNK
-    pixels, dim = keys.shape[1:]
-    step = max(limit // max(rows.shape[1] * pixels * max(pixels, dim), 1), 1)
-    return (slice(start, start + step) for start in range(0, len(rows), step))
+def _in_one_piece(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """All lists at once: the form for compilers, and the one that is differentiable any number of times."""
+    indices = lists_of_heads(q, call)
+    rows = row_numbers(indices, _num_regions(k, call))
+    keys, values = (to_rows(x, call.region) for x in (k, v))
+    query, key, value = (x[:, None] for x in (to_rows(q, call.query_region), *gather(rows, keys, values)))
+    added, empty = _added(q, k, indices, call)
+    if call.return_lse:
+        out, lse = attend_lse(query, key, value, added, call.scale)
+    else:
+        out, lse = attend(query, key, value, added, call.scale), None
+    maps = [out.squeeze(1)] if lse is None else [out.squeeze(1), lse.squeeze(1)[..., None]]
+    out, *lses = (from_rows(x, q, call.query_region) for x in maps)
+    if empty is not None:
+        empty = from_rows(empty, q, call.query_region)
+        out, lses = out.masked_fill(empty, 0), [x.masked_fill(empty, float("-inf")) for x in lses]
+    return out, lses[0].squeeze(-1) if lses else None
 
 
-def _gather(rows: Tensor, *tensors: Tensor) -> Iterator[Tensor]:
-    """The listed rows of each `[rows, pixels, d]` one after the other: `[lists, topk * pixels, d]`."""
-    return (x.index_select(0, rows.flatten()).unflatten(0, rows.shape).flatten(1, 2) for x in tensors)
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    return attend_lse(q, k, v, bias, scale) if return_lse else (attend(q, k, v, bias, scale), None)
-
-
-def _row_numbers(indices: Tensor, heads: int) -> Tensor:
-    """Rows of `to_rows` that the lists name, `[B * heads * regions, topk]`; padding reads a first row."""
-    batch, _, regions, _ = indices.shape
-    first = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1, 1) * regions
-    return (indices.clamp(min=0) + first).flatten(0, 2)
-
-
-def _pair_bias(
-    q: Tensor, indices: Tensor, bias: Tensor | None, region: Sequence[int], distinct: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _added(q: Tensor, k: Tensor, indices: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
     """The additions to the logits, -inf where a key is absent, `[B * heads * regions, 1, 1 | pixels, keys]`,
-    and which pixels have an empty list `[B, H, W, heads, 1]` (their logits stay finite); None for neither."""
-    batch, height, width, heads, _ = q.shape
-    is_whole = height % region[0] == 0 and width % region[1] == 0
-    if bias is None and is_whole and distinct:
-        return None, None
-    shape = (batch, heads, indices.shape[2], 1, indices.shape[3] * region[0] * region[1])
-    total = q.new_zeros(shape) if bias is None else bias.flatten(1)[_bias_entries(q, indices, bias, region)]
-    if is_whole and distinct:
-        return total.flatten(0, 2)[:, None], None
-    visible = (indices >= 0)[..., None].expand(*indices.shape, region[0] * region[1])
-    if not is_whole:
-        y, x = _pixels(region, height, width, indices.device)
-        visible = visible & ((y < height) & (x < width))[indices.clamp(min=0).long()]
+    and which queries have no key `[B * heads * regions, pixels, 1]` (their logits stay finite); None for
+    neither."""
+    batch, heads, rows, topk = indices.shape
+    pixels = call.query_region[0] * call.query_region[1]
+    total = q.new_zeros((batch, heads, rows, 1, topk * call.region[0] * call.region[1]))
+    if call.bias is not None:
+        places = PairBias(q, k, call.bias, call)
+        own = torch.arange(rows, device=q.device).view(1, 1, -1, 1).expand(batch, heads, -1, -1)
+        head = torch.arange(heads, device=q.device).view(1, -1, 1).expand(batch, -1, rows)
+        total = places.take(head, places.entries(own, indices.clamp(min=0).long()))
+    present = present_keys(k, call)
+    if present is None and call.is_full:
+        return (None if call.bias is None else total.flatten(0, 2)[:, None]), None
+    visible = (indices >= 0)[..., None].expand(*indices.shape, call.region[0] * call.region[1])
+    if present is not None:
+        listed = row_numbers(indices, present.shape[2]).view(indices.shape)
+        visible = visible & present.expand(batch, heads, -1, -1).flatten(0, 2)[listed]
     empty = ~visible.flatten(-2).any(-1)
     visible = (visible.flatten(-2) | empty[..., None])[..., None, :]
-    total = total.masked_fill(~visible, float("-inf"))
-    total = total.expand(*shape[:3], *total.shape[3:]).flatten(0, 2)[:, None]
-    empty = empty.expand(*shape[:3]).flatten()[:, None, None].expand(-1, region[0] * region[1], 1)
-    return total, from_rows(empty, q, region)
-
-
-def _bias_entries(q: Tensor, indices: Tensor, bias: Tensor, region: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Head and number of the entry of a bias for every query and key `[B, heads, regions, pixels, keys]`."""
-    _, height, width, heads, _ = q.shape
-    y, x = _pixels(region, height, width, indices.device)
-    y, x = y.clamp(max=height - 1), x.clamp(max=width - 1)
-    listed = indices.clamp(min=0).long()
-    query_y, query_x = y[..., None], x[..., None]
-    key_y, key_x = (n[listed].flatten(-2)[..., None, :] for n in (y, x))
-    if bias.shape[1:] == (2 * height - 1, 2 * width - 1):
-        entry = (key_y - query_y + height - 1) * (2 * width - 1) + key_x - query_x + width - 1
-    else:
-        entry = (query_y * width + query_x) * height * width + key_y * width + key_x
-    return torch.arange(heads, device=indices.device).view(-1, 1, 1, 1), entry
-
-
-def _pixels(region: Sequence[int], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of every pixel of every region `[regions, pixels]`, also of those beyond the map."""
-    rows, columns = -(-height // region[0]), -(-width // region[1])
-    y = torch.arange(rows * region[0], device=device).view(rows, 1, region[0], 1)
-    x = torch.arange(columns * region[1], device=device).view(1, columns, 1, region[1])
-    y, x = (n.expand(rows, columns, *region).flatten(2, 3).flatten(0, 1) for n in (y, x))
-    return y, x
+    total = total.masked_fill(~visible, float("-inf")).flatten(0, 2)[:, None]
+    return total, empty.flatten()[:, None, None].expand(-1, pixels, 1)

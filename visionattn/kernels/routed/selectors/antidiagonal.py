@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels.precision import at_least_float32, without_autocast
-from visionattn.kernels.routed.regions import check_counts, check_maps, to_rows
+from visionattn.kernels.routed.regions import check_counts, check_maps, check_shares, to_rows
 from visionattn.kernels.routed.selectors.pick import pick_share
 
 
@@ -48,8 +48,7 @@ def antidiagonal_regions(
         ValueError: shapes differ, the maps are empty or of integers, or an argument is out of its range.
     """
     region = check_maps("antidiagonal_regions", q, k, region_size)
-    if not 0 < threshold <= 1:
-        raise ValueError(f"antidiagonal_regions: threshold must be above 0 and at most 1, got {threshold}")
+    check_shares("antidiagonal_regions", threshold=threshold)
     check_counts("antidiagonal_regions", stride=stride, max_regions=max_regions)
     return pick_share(antidiagonal_scores(q, k, region, stride, scale), threshold, max_regions)
 

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from visionattn.kernels.routed.lists import cut_to_longest
+
 
 def pick_topk(scores: Tensor, topk: int) -> Tensor:
     """The `topk` regions of the highest scores, or all where there are fewer: lists without padding."""
@@ -29,5 +31,15 @@ def pick_share(shares: Tensor, threshold: float, max_regions: int | None = None)
     # A region is needed as long as those before it fall short; the best one always is.
     kept = shares.cumsum(-1) - shares < (threshold if threshold < 1 else math.inf)
     kept[..., 0] = True
-    lists = torch.where(kept, order, -1)[..., :max_regions].to(torch.int32)
-    return lists if torch.compiler.is_compiling() else lists[..., : int(kept.flatten(0, -2).any(0).sum())]
+    return lists_of(order[..., :max_regions], kept[..., :max_regions])
+
+
+def pick_kept(scores: Tensor, kept: Tensor) -> Tensor:
+    """The regions that a mask of the same shape keeps; their scores are finite."""
+    scores, order = scores.masked_fill(~kept, -math.inf).sort(dim=-1, descending=True, stable=True)
+    return lists_of(order, scores > -math.inf)
+
+
+def lists_of(order: Tensor, kept: Tensor) -> Tensor:
+    """Lists of regions in this order, those kept before the others, cut to the longest."""
+    return cut_to_longest(torch.where(kept, order, -1).to(torch.int32))
