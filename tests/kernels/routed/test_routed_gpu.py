@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from list_cases import CASES, inputs_of
 from torch import Tensor
 
 from visionattn.kernels import explain, routed_attention, topk_regions, use_backend
@@ -78,3 +79,26 @@ def test_routing_is_that_of_the_cpu(dtype: torch.dtype) -> None:
     for stage in STAGES:
         (q, k, _), indices, region = maps(stage, dtype)
         assert torch.equal(topk_regions(q.cpu(), k.cpu(), region, stage[3]), indices.cpu())
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_list(name: str, dtype: torch.dtype) -> None:
+    inputs, arguments = inputs_of(CASES[name], torch.float32, dim=32)
+    arguments = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    low = [x.cuda().to(dtype).detach().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in low]
+
+    def result(leaves: list[Tensor]) -> list[Tensor]:
+        bias = leaves[3] if len(leaves) > 3 else None
+        out = routed_attention(*leaves[:3], bias=bias, **arguments)
+        generator = torch.Generator("cuda").manual_seed(1)
+        weights = torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype)
+        return [out, *torch.autograd.grad(out, leaves, weights)]
+
+    with use_backend("reference"):
+        expected = result(exact)
+    first = result(low)
+    for ours, theirs in zip(first, expected):
+        assert (ours.double() - theirs).norm() <= BOUNDS[dtype] * theirs.norm()
+    assert all(map(torch.equal, result(low), first))

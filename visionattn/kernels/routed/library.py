@@ -44,7 +44,10 @@ def _fused_gradients(
 
 
 def _flops(q: Sequence[int], indices: Sequence[int], region: Sequence[int], products: int) -> int:
-    """So many products of queries and listed keys; padding counts."""
+    """So many products of queries and the places of their lists.
+
+    A formula knows shapes alone: padding counts, and so do places of regions without a key.
+    """
     batch, height, width, heads, dim = q
     return 2 * products * batch * height * width * heads * dim * indices[3] * region[0] * region[1]
 
