@@ -32,6 +32,15 @@ def test_agrees_with_the_formula(name: str, return_lse: bool):
     assert_implementations_agree(attention_of(arguments, return_lse=return_lse), inputs)
 
 
+@pytest.mark.parametrize("query_region", [None, 1])
+def test_full_lists_of_regions_without_keys(query_region: int | None):
+    (q, k, v), arguments = inputs_of(CASES["counts"]._replace(topk=1, query_region=query_region))
+    arguments["counts"][0, :, :3] = 0
+    attention = attention_of(arguments, full=True, distinct=True, return_lse=True)
+    assert_implementations_agree(attention, [q, k, v])
+    assert (attention(q, k, v)[1] == float("-inf")).any()
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", ["counts, shared lists", "pixels, large regions", "one row, pixels"])
 def test_lists_are_masks(name: str, backend: str):

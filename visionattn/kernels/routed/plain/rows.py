@@ -123,15 +123,10 @@ def _chunks(q: Tensor, k: Tensor, call: Call, keys: Tensor) -> Iterator[_Chunk]:
     indices = lists_of_heads(q, call)
     heads, rows = indices.shape[1:3]
     regions = len(keys) // max(indices.shape[0] * heads, 1)
-    listed = row_numbers(indices, regions)
-    order, lengths = None, None
-    if not call.is_full and bool((indices < 0).any()):
-        absent = (indices < 0).flatten(0, 2)
-        # Padding goes behind, and long lists before short ones.
-        absent, behind = absent.sort(dim=-1, stable=True)
-        lengths, order = (~absent).sum(-1).sort(dim=-1, descending=True, stable=True)
-        order = order[: int((lengths > 0).sum())]
-        listed, lengths = listed.gather(1, behind)[order], lengths.tolist()
+    listed, order, lengths = row_numbers(indices, regions), None, None
+    # Regions whose count is zero have become padding.
+    if not (call.is_full and call.counts is None) and bool((indices < 0).any()):
+        listed, order, lengths = _longest_first(listed, indices)
     present = present_keys(k, call)
     if present is not None:
         present = present.expand(q.shape[0], heads, -1, -1).flatten(0, 2)
@@ -147,22 +142,28 @@ def _chunks(q: Tensor, k: Tensor, call: Call, keys: Tensor) -> Iterator[_Chunk]:
             stop = equal if 2 * (equal - start) >= stop - start else stop
         part = slice(start, stop)
         numbers, own = listed[part, :width], part if order is None else order[part]
-        added = entries = None
+        added = entries = visible = None
         if places is not None:
             number = torch.arange(start, stop, device=q.device) if order is None else order[part]
             entries = number // rows % heads, places.entries((number % rows)[:, None], numbers % regions)
             added = places.take(*entries)
-        visible = None
         if present is not None and not bool(whole[numbers].all()):
-            visible = present[numbers].flatten(1)
-        if lengths is not None and lengths[part.stop - 1] < width:
-            some = torch.tensor(lengths[part], device=q.device)[:, None] > torch.arange(
-                width, device=q.device
-            )
-            some = some[..., None].expand(-1, -1, pixels).flatten(1)
-            visible = some if visible is None else visible & some
+            visible = present[numbers]
+        if lengths is not None and lengths[stop - 1] < width:
+            place = torch.arange(width, device=q.device)
+            within = (torch.tensor(lengths[part], device=q.device)[:, None] > place)[..., None]
+            visible = within.expand(-1, -1, pixels) if visible is None else visible & within
         if visible is not None:
             added = q.new_zeros(()) if added is None else added
-            added = torch.where(visible[:, None], added, float("-inf"))
+            added = torch.where(visible.flatten(1)[:, None], added, float("-inf"))
         yield _Chunk(own, numbers, added, entries)
-        start = part.stop
+        start = stop
+
+
+def _longest_first(listed: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """The lists that are not empty, padding behind and long ones before short ones; the row of each, and the
+    lengths."""
+    absent, behind = (indices < 0).flatten(0, 2).sort(dim=-1, stable=True)
+    lengths, order = (~absent).sum(-1).sort(dim=-1, descending=True, stable=True)
+    order = order[: int((lengths > 0).sum())]
+    return listed.gather(1, behind)[order], order, lengths.tolist()
