@@ -74,8 +74,8 @@ class HeadGates(nn.Module):
             or not (0 < active <= routed or routed == active == 0)
         ):
             raise ValueError(
-                f"shared={shared} and routed={routed} heads, active={active} of these, do not fit: active must "
-                "be between 1 and routed"
+                f"shared={shared} and routed={routed} heads, active={active} of these, do not fit: active "
+                "must be between 1 and routed"
             )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.shared, self.routed, self.active = shared, routed, active

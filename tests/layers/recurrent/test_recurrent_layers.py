@@ -177,7 +177,7 @@ def test_slopes():
         (lambda: SelectiveScan2d(8, conv="image"), "conv='image' is unknown"),
         (lambda: LocalLinearAttention2d(8, 2, ridge=0), "ridge must be above 0"),
         (lambda: SparseQueryAttention2d(8, 4, 3, 2), "query_heads=3 of key_heads=2"),
-        (lambda: HeadGates(8, 1, 4, 5), "active must be between 1 and routed"),
+        (lambda: HeadGates(8, 1, 4, 5), "must be between 1 and routed"),
         (lambda: MixtureOfHeads(nn.Identity(), 8, 4, 1, 1), "has no projection"),
     ],
     ids=str,
