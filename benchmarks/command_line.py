@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from visionattn.cli.command import add_command, new_parser, run_command
+from visionattn.cli.command import add_command, exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/benchmark.py models biformer_tiny hat_s_x4
@@ -23,7 +24,8 @@ _SIZE = ("H", "W")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name, by default those of this process, and exit."""
-    run_command(_run, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_run(parse_arguments(arguments)))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -105,7 +105,7 @@ def _unlisted(maps: Maps, listed: Tensor, region: Region) -> Tensor:
     height, width = maps.q.shape[1:3]
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in maps)
     q, k = q.softmax(-1), k.softmax(-1)
-    region_of, _ = places(height, width, region)
+    region_of, _ = places((height, width), region)
     seen = ~listed[:, :, region_of][..., region_of]
     weights = (q @ k.transpose(2, 3)) * seen
     out = weights @ v / weights.sum(-1, keepdim=True).clamp(min=1e-12)

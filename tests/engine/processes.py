@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-from visionattn.cli.command import run_command
+from visionattn.cli.command import exit_status
 from visionattn.engine.loop import Result
 
 
@@ -46,7 +46,8 @@ class Started:
             result = run()
             return 0 if result is None or result.stopped_by is None else 128 + result.stopped_by
 
-        run_command(command)
+        with exit_status():
+            sys.exit(command())
 
     def listen(self) -> str:
         """All that it said so far on stderr."""

@@ -8,7 +8,8 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +37,29 @@ def add_checkpoint(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help=text)
 
 
-def run_command(command: Callable[..., int | None], *arguments: Any) -> None:
-    """Run a command and end the program with its exit status.
+@contextmanager
+def exit_status() -> Iterator[None]:
+    """Turn wrong input inside of the block into exit status 2, a run that cannot go on into 1.
 
-    Wrong input ends it with status 2 and a run that cannot go on with status 1, each with one sentence on
-    stderr. Every other exception is a defect of the program and keeps its traceback.
-
-    Args:
-        command: its return value is the exit status, None meaning 0.
-        arguments: what it is called with.
+    Each is said in one sentence on stderr. Every other exception is a defect of the program and keeps its
+    traceback. A command that comes to its end leaves the block by `sys.exit`.
     """
     # PyTorch, which is not imported yet, then asks Linux for large pages; with small ones a light network
     # takes twice the time on a CPU, and a training step a fifth more.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        status = command(*arguments)
+        yield
+    except SystemExit:  # how a command ends by itself
         distributed = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
+        raise
     except InputError as error:
         _say(f"error: {error}")
-        status = 2
+        sys.exit(2)
     except RunError as error:
         _say(f"stopped: {error}", everywhere=isinstance(error, LostProcess))
-        status = 1
-    sys.exit(status)
+        sys.exit(1)
 
 
 def report_files(results: Iterable[tuple[Path, Any]], count: int | None = None) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from visionattn.cli.command import new_parser, run_command
+from visionattn.cli.command import exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/convert.py HAT_SRx4.pth
@@ -32,7 +33,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(_convert, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_convert(parse_arguments(arguments)))
 
 
 def _convert(arguments: argparse.Namespace) -> None:

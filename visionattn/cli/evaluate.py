@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from visionattn.cli.command import add_checkpoint, check_requirements, new_parser, run_command, write_rows
+from visionattn.cli.command import add_checkpoint, check_requirements, exit_status, new_parser, write_rows
 
 EXAMPLE = """examples:
   python tools/evaluate.py runs/biformer_digits
@@ -38,7 +39,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(_evaluate, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_evaluate(parse_arguments(arguments)))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from visionattn.cli.command import add_checkpoint, add_command, new_parser, run_command
+from visionattn.cli.command import add_checkpoint, add_command, exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/explain.py lam coffee --model hat_x4 --checkpoint HAT_SRx4.pth
@@ -34,7 +35,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(_explain, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_explain(parse_arguments(arguments)))
 
 
 def _explain(arguments: argparse.Namespace) -> None:

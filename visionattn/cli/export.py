@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from visionattn.cli.command import new_parser, run_command
+from visionattn.cli.command import exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/export.py HAT_SRx4.pth hat_x4.onnx --size 64 64
@@ -39,7 +39,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
-    run_command(_make_table if parsed.table else _export, parsed)
+    with exit_status():
+        sys.exit((_make_table if parsed.table else _export)(parsed))
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from visionattn.cli.command import check_requirements, new_parser, run_command
+from visionattn.cli.command import check_requirements, exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/openmmlab.py scenes data/scenes
@@ -45,7 +46,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(_run, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_run(parse_arguments(arguments)))
 
 
 def _run(arguments: argparse.Namespace) -> None:

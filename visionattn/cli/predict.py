@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from visionattn.cli.command import add_checkpoint, new_parser, report_files, run_command
+from visionattn.cli.command import add_checkpoint, exit_status, new_parser, report_files
 
 EXAMPLE = """examples:
   python tools/predict.py runs/biformer_digits IMAGE.png --top 3
@@ -31,7 +32,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(_predict, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_predict(parse_arguments(arguments)))
 
 
 def _predict(arguments: argparse.Namespace) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from visionattn.cli.command import add_command, new_parser, run_command
+from visionattn.cli.command import add_command, exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/prepare.py pieces DIV2K/DIV2K_train_HR DIV2K/DIV2K_train_HR_sub
@@ -30,7 +31,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(_prepare, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_prepare(parse_arguments(arguments)))
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visionattn.cli.command import add_checkpoint, new_parser, report_files, run_command
+from visionattn.cli.command import add_checkpoint, exit_status, new_parser, report_files
 
 EXAMPLE = """examples:
   python tools/restore.py PHOTO.jpg --model hat_x4 --checkpoint HAT_SRx4.pth --memory-budget 2GB
@@ -35,7 +35,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(_restore, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_restore(parse_arguments(arguments)))
 
 
 def _restore(arguments: argparse.Namespace) -> int:

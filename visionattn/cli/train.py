@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from visionattn.cli.command import new_parser, run_command
+from visionattn.cli.command import exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/train.py configs/classification/biformer_digits.yaml
@@ -31,7 +32,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(_train, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_train(parse_arguments(arguments)))
 
 
 def _train(arguments: argparse.Namespace) -> int:

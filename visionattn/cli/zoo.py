@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
-from visionattn.cli.command import new_parser, run_command
+from visionattn.cli.command import exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/zoo.py
@@ -26,7 +27,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(_list, parse_arguments(arguments))
+    with exit_status():
+        sys.exit(_list(parse_arguments(arguments)))
 
 
 def _list(arguments: argparse.Namespace) -> None:

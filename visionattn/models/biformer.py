@@ -199,12 +199,6 @@ _ROUTED = {
 _LINEAR = re.compile(r"\.(?:qkv|proj|fc1|fc2)\.weight$")
 
 
-def _rename(name: str) -> str:
-    for names in (_OVERLAPPING, _PATCHES, *_ROUTED.values()):
-        name = names.to_ours(name)
-    return name
-
-
 def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The 1x1 convolutions of the NCHW operator become linear layers."""
     return {n: v.flatten(1) if v.ndim == 4 and _LINEAR.search(n) else v for n, v in weights.items()}
@@ -256,7 +250,7 @@ LAYOUT = Layout(
     family="biformer",
     model_cls=BiFormer,
     marks=(r"^stages\.0\.blocks\.0\.attn\.lepe\.weight$", r"^stem\.1\.running_mean$"),
-    rename=_rename,
+    rename=(_OVERLAPPING + _PATCHES + _ROUTED["nhwc"] + _ROUTED["nchw"]).to_ours,
     convert=_convert,
     reads={
         "stem.0.weight": 4,

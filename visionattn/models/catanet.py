@@ -22,11 +22,11 @@ from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import mirror_index
 from visionattn.layers.overlapping_patches import ConvMlp, HeadProjection, LocalAttention
-from visionattn.layers.residual_group import add_convolved
 from visionattn.models.frames.common import check_size, init_linear
 from visionattn.models.frames.restorer import (
     RestorationInfo,
     Restorer,
+    add_convolved,
     build_restoration,
     run_body,
     super_resolution_cfg,
@@ -345,10 +345,6 @@ _ONE_STEP = Names(*_RULES, ("^upconv.", "^upsample.0."))
 _TWO_STEPS = Names(*_RULES, ("^upconv1.", "^upsample.0."), ("^upconv2.", "^upsample.3."))
 
 
-def _rename(name: str) -> str:
-    return _TWO_STEPS.to_ours(_ONE_STEP.to_ours(name))
-
-
 def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The 1x1 convolutions become linear layers.
 
@@ -391,7 +387,7 @@ LAYOUT = Layout(
     family="catanet",
     model_cls=CATANet,
     marks=(r"\.aggregation\.centre_kv\.", r"\.centres$"),
-    rename=_rename,
+    rename=(_ONE_STEP + _TWO_STEPS).to_ours,
     convert=_convert,
     reads={
         "conv_first.weight": 4,

@@ -16,7 +16,6 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers.bands import convolved, pixelwise
-from visionattn.layers.residual_group import run_blocks
 from visionattn.models.frames.restorer import (
     ResidualRestorer,
     RestorationInfo,
@@ -24,6 +23,7 @@ from visionattn.models.frames.restorer import (
     body_arguments,
     build_restoration,
     restoration_cfg,
+    run_blocks,
 )
 from visionattn.models.registry.names import Names
 from visionattn.models.registry.shapes import Shapes
@@ -277,10 +277,6 @@ _NAMES = Names((".attn.a.2.lkb_reparam.", ".attn.dwconv."), (".attn.a.0.", ".att
 _SHUFFLED = Names(("^upsample.0.", "^conv_last."))
 
 
-def _rename(name: str) -> str:
-    return _SHUFFLED.to_ours(_NAMES.to_ours(name))
-
-
 def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our shapes, in the form that the weights have; the edge operators are constants."""
     out = {}
@@ -358,7 +354,7 @@ LAYOUT = Layout(
     family="cfsr",
     model_cls=CFSR,
     marks=(r"\.layer_scale_1$", r"\.attn\.dwconv\.", r"\.mlp\.pos\."),
-    rename=_rename,
+    rename=(_NAMES + _SHUFFLED).to_ours,
     convert=_convert,
     fit=_fit,
     reads={

@@ -22,9 +22,9 @@ from visionattn.layers.bands import convolved, folded, pixelwise
 from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import is_needed, mirror_index, on_nhwc
 from visionattn.layers.rectangle_window import RectangleWindowAttention
-from visionattn.layers.residual_group import ResidualGroup
 from visionattn.models.frames.common import check_size, init_linear
 from visionattn.models.frames.restorer import (
+    ResidualGroup,
     ResidualRestorer,
     RestorationInfo,
     body_arguments,

@@ -19,15 +19,16 @@ from visionattn.kernels import overlapping_window_attention, window_attention
 from visionattn.layers.bands import convolved, pixelwise, windowed
 from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import on_nhwc
-from visionattn.layers.residual_group import add_convolved, run_blocks
 from visionattn.models.frames.common import drop_path_rates, init_linear
 from visionattn.models.frames.restorer import (
     ResidualRestorer,
     RestorationInfo,
     RestorationTask,
+    add_convolved,
     body_arguments,
     build_restoration,
     restoration_cfg,
+    run_blocks,
 )
 from visionattn.models.hosts.swin_buffers import window_index
 from visionattn.models.registry.names import Names

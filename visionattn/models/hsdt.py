@@ -17,9 +17,14 @@ from torch import Tensor, nn
 
 from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
-from visionattn.layers.residual_group import run_blocks
 from visionattn.layers.volumes import DownConv, SpectralSpatialConv, UpConv, VolumeConv
-from visionattn.models.frames.restorer import RestorationInfo, Restorer, build_restoration, restoration_cfg
+from visionattn.models.frames.restorer import (
+    RestorationInfo,
+    Restorer,
+    build_restoration,
+    restoration_cfg,
+    run_blocks,
+)
 from visionattn.models.registry.names import Names
 from visionattn.models.registry.shapes import Shapes
 from visionattn.models.registry.variants import Layout, Variant, Weights, register

@@ -211,12 +211,6 @@ _LEVELS, _LAYERS = (
 _ISOTROPIC_NAMES = Names(*_RULES, ("^layers.#.", "^stages.0.blocks.#."))
 
 
-def _rename(name: str) -> str:
-    for names in (_LEVELS, _LAYERS, _ISOTROPIC_NAMES):
-        name = names.to_ours(name)
-    return name
-
-
 def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the index that the baseline with full attention stores."""
     return {name: v for name, v in weights.items() if not name.endswith("relative_position_index")}
@@ -262,7 +256,7 @@ LAYOUT = Layout(
     family="nat",
     model_cls=NAT,
     marks=(r"^stages\.0\.blocks\.0\.attn\.rpb$",),
-    rename=_rename,
+    rename=(_LEVELS + _LAYERS + _ISOTROPIC_NAMES).to_ours,
     convert=_convert,
     reads={
         "stages.#.blocks.0.attn.rpb": 3,

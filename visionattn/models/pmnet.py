@@ -18,8 +18,13 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers.bands import convolved, folded, pixelwise
-from visionattn.layers.residual_group import run_blocks
-from visionattn.models.frames.restorer import RestorationInfo, Restorer, build_restoration, restoration_cfg
+from visionattn.models.frames.restorer import (
+    RestorationInfo,
+    Restorer,
+    build_restoration,
+    restoration_cfg,
+    run_blocks,
+)
 from visionattn.models.registry.shapes import Shapes
 from visionattn.models.registry.variants import Layout, Variant, register
 

@@ -21,9 +21,9 @@ from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import on_nhwc
 from visionattn.layers.rectangle_window import RectangleWindowAttention
-from visionattn.layers.residual_group import ResidualGroup
 from visionattn.models.frames.common import drop_path_rates, init_linear
 from visionattn.models.frames.restorer import (
+    ResidualGroup,
     ResidualRestorer,
     RestorationInfo,
     body_arguments,

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from list_cases import CASES, inputs_of
 from test_routed_attention import SHAPES, make
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,6 +67,25 @@ def test_equals_the_formula(
         result = energy_and_gradients("triton", qkv, indices, shape[2], table)
     for ours, theirs in zip(result, expected):
         assert (ours.double() - theirs).norm() <= (1e-6 if dtype == torch.float32 else 1e-3) * theirs.norm()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_list(name: str) -> None:
+    inputs, arguments = inputs_of(CASES[name], torch.float32)
+
+    def outcome(backend: str, inputs: list[Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        bias = leaves[3] if len(leaves) > 3 else None
+        with use_backend(backend):
+            out, lse = routed_attention(*leaves[:3], bias=bias, return_lse=True, **arguments)
+        lse = lse.masked_fill(lse == float("-inf"), 0)
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
+        return [out, lse, *torch.autograd.grad((out, lse), leaves, weights)]
+
+    expected = outcome("reference", [x.double() for x in inputs])
+    for ours, theirs in zip(outcome("triton", inputs), expected):
+        assert (ours.double() - theirs).norm() <= 1e-6 * theirs.norm()
 
 
 def test_reverse_lists_name_every_query_once_and_in_order() -> None:

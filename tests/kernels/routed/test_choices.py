@@ -53,7 +53,7 @@ def logits_of(q: Tensor, k: Tensor) -> Tensor:
 
 def members(height: int, width: int, region: tuple[int, int]) -> Tensor:
     """Which pixels are in which region `[regions, H * W]`."""
-    region_of, _ = places(height, width, region)
+    region_of, _ = places((height, width), region)
     return region_of == torch.arange(int(region_of.max()) + 1)[:, None]
 
 

@@ -86,7 +86,7 @@ def check_keys(function: str, options: dict[str, Any], data: Data) -> None:
     close(bias, data["key_bias"])
     lists = kernels.dynamic_mask_keys(bias, **options)
     region = options["region_size"] or (1, 1)
-    region_of, _ = places(*size(data), region)
+    region_of, _ = places(size(data), region)
     named = listed_regions(lists, int(region_of.max()) + 1)[:, :, 0, region_of]
     assert torch.equal(named.unflatten(2, size(data)), data["listed"].bool())
     # The bias as one more channel, as the documentation says.

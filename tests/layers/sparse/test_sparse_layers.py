@@ -78,7 +78,7 @@ def test_sla_is_linear_over_the_rest(skip: float, feature_map: str):
     layer = SparseLinearAttention2d(8, 2, 3, ratio=0.25, skip=skip, feature_map=feature_map)
     q, k, v = torch.randn(3, 2, 7, 8, 2, 4, dtype=torch.float64)
     order = topk_regions(q, k, 3, 9, per_head=True)[..., 2 : 9 - int(skip * 9)]
-    region_of, _ = places(7, 8, (3, 3))
+    region_of, _ = places((7, 8), (3, 3))
     taken = (order[:, :, region_of][..., None, :] == region_of[:, None]).any(-1)
     maps = {"softmax": lambda x: x.softmax(-1), "elu": lambda x: F.elu(x) + 1, "relu": F.relu}
     features = maps[feature_map]
@@ -107,7 +107,7 @@ def test_native_is_its_formula():
     x = torch.randn(1, *size, 16, dtype=torch.float64)
     q = layer.q(x).unflatten(-1, (4, 4))
     kv = layer.kv(x).view(1, *size, 3, 2, 2, 4)
-    region_of, place = places(*size, (3, 3))
+    region_of, place = places(size, (3, 3))
     # The compressed keys and values, region by region; a border region is weighed up by what it lacks.
     compressed = torch.zeros(2, 6, 2, 4, dtype=torch.float64)
     for i, conv in enumerate((layer.compress_k, layer.compress_v)):

@@ -154,7 +154,7 @@ def region_blocks(
     """
     region = pair("region_size", region_size)
     pair("the size of the map", (height, width))
-    numbers, _ = places(height, width, region, device)
+    numbers, _ = places((height, width), region, device)
     return sort_blocks(numbers[None, None], -(-height // region[0]) * -(-width // region[1]))
 
 

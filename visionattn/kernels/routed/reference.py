@@ -21,8 +21,8 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tenso
     A promise about the lists lets other implementations save work; a mask needs none.
     """
     size = q.shape[1:3]
-    query_region_of, _ = places(*size, call.query_region, q.device)
-    region_of, place = places(*k.shape[1:3], call.region, q.device)
+    query_region_of, _ = places(size, call.query_region, q.device)
+    region_of, place = places(k.shape[1:3], call.region, q.device)
     regions = -(-k.shape[1] // call.region[0]) * -(-k.shape[2] // call.region[1])
     visible = listed_regions(call.indices, regions)[:, :, query_region_of][..., region_of]
     if call.counts is not None:
@@ -42,10 +42,11 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tenso
 
 
 def places(
-    height: int, width: int, region: Sequence[int], device: torch.device | None = None
+    size: Sequence[int], region: Sequence[int], device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The region of each pixel, and its place in it, `[H * W]`; regions, places and pixels in row-major
-    order."""
+    """The region of each pixel of a map of `size` (height, width), and its place in it, `[H * W]`; regions,
+    places and pixels in row-major order."""
+    height, width = size
     y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
     region_of = y // region[0] * -(-width // region[1]) + x // region[1]
     return region_of.flatten(), (y % region[0] * region[1] + x % region[1]).flatten()

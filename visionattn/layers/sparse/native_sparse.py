@@ -99,7 +99,8 @@ class NativeSparseAttention2d(nn.Module):
             neighborhood_attention(q, k_near, v_near, kernel),
         )
         gates = self.gates(x).sigmoid().unflatten(-1, (3, self.num_heads, 1)).unbind(3)
-        return self.proj(sum(gate * out for gate, out in zip(gates, branches)).flatten(3))
+        out = torch.stack([gate * branch for gate, branch in zip(gates, branches)]).sum(0)
+        return self.proj(out.flatten(3))
 
     def _compressed(self, weigh: nn.Conv2d, x: Tensor) -> Tensor:
         """One vector per region `[B, rows, columns, heads, d]`; what a border region has counts for a whole
@@ -121,7 +122,7 @@ class NativeSparseAttention2d(nn.Module):
             query = query.unflatten(1, (self.num_kv_heads, -1))
             logits = query @ key[:, :, None].transpose(3, 4) * q.shape[-1] ** -0.5
             weights = logits.softmax(-1).sum(2)
-        own, _ = places(*q.shape[1:3], self.region_size, q.device)
+        own, _ = places(q.shape[1:3], self.region_size, q.device)
         regions = torch.arange(weights.shape[3], device=q.device)
         forced = (regions == own[:, None]) | (regions == 0)
         return pick_topk(weights.masked_fill(forced, math.inf), self.topk)

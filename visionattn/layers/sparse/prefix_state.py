@@ -69,7 +69,9 @@ class PrefixStateAttention2d(nn.Module):
         out, lse = dense_attention(q, k, v, scale=self.scale, return_lse=True)
         with without_autocast(x):
             features = F.elu(at_least_float32(q) * abs(self.scale) ** 0.5) + 1
-            state, state_sum = (at_least_float32(p) for p in (self.state, self.state_sum.clamp(min=0)))
+            state, state_sum = (at_least_float32(p) for p in (self.state, self.state_sum))
+            # Not clamp: at zero, where training begins, that has no gradient.
+            state_sum = torch.where(state_sum < 0, 0, state_sum)
             # Both sums over a common factor that neither overflows nor vanishes.
             largest = lse.detach().clamp(min=0)
             softmax_total = (lse - largest).exp()

@@ -23,8 +23,13 @@ class Names:
     """
 
     def __init__(self, *rules: tuple[str, str]):
+        self.rules = rules
         self._to_ours = [_rule(theirs, ours) for theirs, ours in rules]
         self._to_official = [_rule(ours, theirs) for theirs, ours in reversed(rules)]
+
+    def __add__(self, others: Names) -> Names:
+        """The rules of both, these first."""
+        return Names(*self.rules, *others.rules)
 
     def to_ours(self, name: str) -> str:
         """Our name of an official parameter; our own names stay."""

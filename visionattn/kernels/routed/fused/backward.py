@@ -46,7 +46,7 @@ def query_kernel(
     v,
     lists,
     ends,
-    counts,
+    list_counts,
     bias,
     out,
     lse,
@@ -84,8 +84,9 @@ def query_kernel(
     # An empty list has the log-sum-exp -inf; all its weights are masked below.
     norm = tl.load(lse + image + row, mask=own.valid, other=0.0)
     norm = tl.where(norm == float("-inf"), 0.0, norm) * LOG2_E
-    lists, count = list_of(lists, ends, at.batch, at.head, at.region, sets, query_regions)
-    counts = counts_of_head(counts, at.batch, at.head, sets, key_regions)
+    lists, counts, count = list_of(
+        lists, ends, list_counts, at.batch, at.head, at.region, sets, query_regions
+    )
     bias = bias_of_head(bias, at.head, bias_strides)
     own_part = bias_of_queries(own, bias_strides)
 
@@ -194,7 +195,7 @@ def backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, contiguous, and of the bias if wanted; `outputs` are those of `forward`."""
-    q, k, v, lists, ends, counts, bias, numbers = inputs = prepare(q, k, v, call)
+    q, k, v, lists, ends, list_counts, counts, bias, numbers = inputs = prepare(q, k, v, call)
     # The gradient of a sum is an expanded number.
     grad_out, grad_lse = grad_out.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     out, lse = outputs
@@ -207,7 +208,7 @@ def backward(
 
     grid, options = launched(q, call.query_region)
     more = out, lse, grad_out, grad_lse, delta, grad_q, call.scale
-    query_kernel[grid](q, k, v, lists, ends, counts, bias, *more, **options)
+    query_kernel[grid](q, k, v, lists, ends, list_counts, bias, *more, **options)
     starts, listing = reverse_lists(lists, numbers["key_regions"].count)
     grid, options = launched(k, call.region)
     more = lse, grad_out, delta, grad_k, grad_v, call.scale

@@ -123,7 +123,7 @@ def bias_gradient(
     inputs: Prepared, lse: Tensor, grad_out: Tensor, delta: Tensor, scale: float
 ) -> Tensor | None:
     """The gradient of a table or of a dense bias, in its shape and dtype."""
-    q, k, v, lists, _, counts, bias, numbers = inputs
+    q, k, v, lists, _, _, counts, bias, numbers = inputs
     if bias is None:
         return None
     batch, height, width, heads, _ = q.shape

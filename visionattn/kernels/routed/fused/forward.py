@@ -17,7 +17,6 @@ from visionattn.kernels.routed.fused.geometry import (
     bias_of_head,
     bias_of_keys,
     bias_of_queries,
-    counts_of_head,
     list_of,
     listed_pixels,
     num_programs,
@@ -39,7 +38,7 @@ def forward_kernel(
     v,
     lists,
     ends,
-    counts,
+    list_counts,
     bias,
     out,
     lse,
@@ -62,8 +61,9 @@ def forward_kernel(
     q += at.batch * strides.b + at.head * strides.h
     query = load_rows(q, offset_of(own, strides), own.valid, HEAD_DIM, BLOCK_D)
     begin = at.batch * strides_k.b + at.head * strides_k.h
-    lists, count = list_of(lists, ends, at.batch, at.head, at.region, sets, query_regions)
-    counts = counts_of_head(counts, at.batch, at.head, sets, key_regions)
+    lists, counts, count = list_of(
+        lists, ends, list_counts, at.batch, at.head, at.region, sets, query_regions
+    )
     bias = bias_of_head(bias, at.head, bias_strides)
     own_part = bias_of_queries(own, bias_strides)
 
@@ -98,11 +98,11 @@ def forward_kernel(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Output `[B, H, W, heads, d]`, log-sum-exp `[B, H, W, heads]` float32; arguments as in `op.py`."""
-    *inputs, numbers = prepare(q, k, v, call)
+    *inputs, _, bias, numbers = prepare(q, k, v, call)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
     region = call.query_region
     options = {**numbers, **tile_options(q, region[0] * region[1], call.bias is not None)}
     grid = (num_programs(q, region, options["OWN"]),)
-    forward_kernel[grid](*inputs, out, lse, call.scale, **options)
+    forward_kernel[grid](*inputs, bias, out, lse, call.scale, **options)
     return out, lse

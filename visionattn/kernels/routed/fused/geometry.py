@@ -96,7 +96,7 @@ def own_pixels(at, regions, TILE: tl.constexpr):
 def listed_pixels(entries, start, count, counts, regions, TILE: tl.constexpr):
     """Pixels `start` to `start + TILE` of the `count` regions at `entries`, as if these were one long row.
 
-    Of a region only the first pixels are valid, as many as `counts`, if not None, says.
+    Of a region only the first pixels are valid, as many as stand at its place in `counts` if not None.
     """
     pixels = regions.region_h * regions.region_w
     number = start + tl.arange(0, TILE)
@@ -104,7 +104,9 @@ def listed_pixels(entries, start, count, counts, regions, TILE: tl.constexpr):
     listed = pixels_of(region, number % pixels, regions)
     valid = listed.valid & (region >= 0)
     if counts is not None:
-        valid = valid & (number % pixels < tl.load(counts + region, mask=valid, other=0))
+        # A load of its own and not one that waits for the region: that takes twice the registers.
+        most = tl.load(counts + number // pixels, mask=number < count * pixels, other=0)
+        valid = valid & (number % pixels < most)
     return Pixels(listed.y, listed.x, valid)
 
 
@@ -123,14 +125,16 @@ def counts_of_head(counts, batch, head, sets, regions):
 
 
 @triton.jit
-def list_of(lists, ends, batch, head, row, sets, regions):
-    """Where the list of a query region begins, and how many places of it are to be read: up to its end in
-    `ends`, or all where that is None."""
+def list_of(lists, ends, list_counts, batch, head, row, sets, regions):
+    """Where the list of a query region and its counts begin, and how many places of it are to be read: up to
+    its end in `ends`, or all where that is None."""
     number = set_of_lists(batch, head, sets) * regions.count + row
     count = sets.topk
     if ends is not None:
         count = tl.load(ends + number)
-    return lists + number * sets.topk, count
+    if list_counts is not None:
+        list_counts += number * sets.topk
+    return lists + number * sets.topk, list_counts, count
 
 
 @triton.jit
@@ -189,13 +193,15 @@ def scores(own_rows, other_rows, own, others, bias, own_part, others_part, scale
 
 
 class Prepared(NamedTuple):
-    """A call as the kernels take it: maps of equal strides, and contiguous tables."""
+    """A call as the kernels take it: maps of equal strides, and contiguous tables. `ends` are the ends of
+    lists, `list_counts` the counts of the regions on them."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     lists: Tensor
     ends: Tensor | None
+    list_counts: Tensor | None
     counts: Tensor | None
     bias: Tensor | None
     numbers: dict[str, Any]
@@ -204,13 +210,17 @@ class Prepared(NamedTuple):
 def prepare(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Prepared:
     """Lay out the arguments of a call and the numbers that all kernels take."""
     (q,), (k, v) = equally_strided(q), equally_strided(k, v)
-    lists = call.indices.to(torch.int32).contiguous()
-    ends = None
+    lists, counts, list_counts, ends = call.indices.to(torch.int32), call.counts, None, None
+    if counts is not None:
+        sets = max(lists.shape[1], counts.shape[1])
+        lists, counts = lists.expand(-1, sets, -1, -1), counts.to(torch.int32).contiguous()
+        of_lists = counts.expand(-1, sets, -1)[:, :, None].expand(-1, -1, lists.shape[2], -1)
+        list_counts = of_lists.gather(3, lists.clamp(min=0).long())
+    lists = lists.contiguous()
     if not call.is_full:
         places = torch.arange(1, lists.shape[3] + 1, dtype=torch.int32, device=lists.device)
         # Behind the last region of a list nothing is read.
         ends = F.pad(torch.where(lists < 0, 0, places), (1, 0)).amax(3)
-    counts = None if call.counts is None else call.counts.to(torch.int32).contiguous()
     bias = None if call.bias is None else call.bias.contiguous()
     numbers = {
         "strides": Strides(*q.stride()[:4]),
@@ -220,7 +230,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Prepared:
         "sets": Sets(lists.shape[1], 1 if counts is None else counts.shape[1], lists.shape[3]),
         "bias_strides": _bias_strides(bias, q, k),
     }
-    return Prepared(q, k, v, lists, ends, counts, bias, numbers)
+    return Prepared(q, k, v, lists, ends, list_counts, counts, bias, numbers)
 
 
 def is_table(bias: Tensor, q: Tensor) -> bool:

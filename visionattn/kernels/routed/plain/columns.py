@@ -15,7 +15,13 @@ from torch import Tensor
 
 from visionattn.kernels.precision import at_least_float32, without_autocast
 from visionattn.kernels.routed.call import Call
-from visionattn.kernels.routed.plain.pairs import PairBias, lists_of_heads, present_keys, row_numbers
+from visionattn.kernels.routed.plain.pairs import (
+    PairBias,
+    add_gradient,
+    lists_of_heads,
+    present_keys,
+    row_numbers,
+)
 from visionattn.kernels.routed.regions import from_rows, to_rows
 
 # Numbers of gathered queries or of logits, and of partial outputs, that are held at a time.
@@ -25,14 +31,13 @@ _CHUNK, _PARTIAL = 2**18, 2**22
 class _Chunk(NamedTuple):
     """Some key regions with as many pairs each: their rows `[c]`, the numbers of their pairs and the rows of
     the queries in these `[c, n]` (behind the last where there is no pair), what is added to the logits
-    `[c, n * query pixels or 1, key pixels]`, and where in the bias that stands."""
+    `[c, n * query pixels or 1, key pixels]`, and the heads and entries of the bias in that."""
 
     keys: Tensor
     pairs: Tensor
     queries: Tensor
     added: Tensor | None
-    heads: Tensor | None
-    entries: Tensor | None
+    entries: tuple[Tensor, Tensor] | None
 
 
 class _Work:
@@ -86,17 +91,17 @@ class _Work:
 
     def _chunk(self, keys: Tensor, pairs: Tensor, start: int) -> _Chunk:
         queries = pairs // self.topk
-        added = heads = entries = None
+        added = entries = None
         if self.bias is not None:
-            heads = keys // self.regions % self.heads
             # Rows behind the last have a bias as well, and no effect.
-            entries = self.bias.entries((queries + start) % self.rows, (keys % self.regions)[:, None])
-            added = self.bias.take(heads, entries)
+            pairs_of = self.bias.entries((queries + start) % self.rows, (keys % self.regions)[:, None])
+            entries = keys // self.regions % self.heads, pairs_of
+            added = self.bias.take(*entries)
         if self.present is not None and not bool(self.whole[keys].all()):
             present = self.present[keys][:, None]
             added = torch.zeros((), device=keys.device) if added is None else added
             added = torch.where(present, added, float("-inf"))
-        return _Chunk(keys, pairs, queries, added, heads, entries)
+        return _Chunk(keys, pairs, queries, added, entries)
 
 
 def attend_from_keys(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -170,8 +175,8 @@ def gradients_from_keys(
                 asked, given = (x[own].view(*shape, work.dim) for x in (query, grad))
                 grad_logits = given @ values[chunk.keys].transpose(1, 2)
                 grad_logits = grad_logits.sub_(drop[own].reshape(*shape, 1)).mul_(weights)
-                if grad_bias is not None and work.bias is not None:
-                    work.bias.give(grad_bias, chunk.heads, chunk.entries, grad_logits)
+                if grad_bias is not None and chunk.entries is not None:
+                    add_gradient(grad_bias, *chunk.entries, grad_logits)
                 grad_k[chunk.keys] += grad_logits.transpose(1, 2) @ asked
                 grad_v[chunk.keys] += weights.transpose(1, 2) @ given
                 found.index_add_(0, own, (grad_logits @ keys[chunk.keys]).view(-1, *found.shape[1:]))

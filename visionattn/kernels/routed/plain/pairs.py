@@ -85,6 +85,7 @@ class PairBias:
         """The bias of these entries; `heads` has the shape of their leading axes."""
         return self.flat[heads[..., None, None], entries]
 
-    def give(self, grad: Tensor, heads: Tensor, entries: Tensor, values: Tensor) -> None:
-        """Add gradients of these entries to `grad`, shaped as `flat`."""
-        grad.index_put_((heads[..., None, None], entries), values.to(grad.dtype), accumulate=True)
+
+def add_gradient(grad: Tensor, heads: Tensor, entries: Tensor, values: Tensor) -> None:
+    """Add gradients of these entries to `grad`, a bias `[heads, entries]`."""
+    grad.index_put_((heads[..., None, None], entries), values.to(grad.dtype), accumulate=True)

@@ -19,7 +19,13 @@ from torch import Tensor
 from visionattn.kernels.dense.plain.attention import attend, attend_lse
 from visionattn.kernels.precision import at_least_float32, without_autocast
 from visionattn.kernels.routed.call import Call
-from visionattn.kernels.routed.plain.pairs import PairBias, lists_of_heads, present_keys, row_numbers
+from visionattn.kernels.routed.plain.pairs import (
+    PairBias,
+    add_gradient,
+    lists_of_heads,
+    present_keys,
+    row_numbers,
+)
 from visionattn.kernels.routed.regions import from_rows, to_rows
 
 # How many numbers of gathered keys or of logits are held at a time: on a CPU what the caches take (the best
@@ -29,13 +35,12 @@ CPU_CHUNK, CHUNK = 2**18, 2**26
 
 class _Chunk(NamedTuple):
     """Some lists: which rows of queries they belong to, the rows of keys on them `[lists, topk]`, what is
-    added to their logits `[lists, 1 or pixels, keys]`, and where in the bias that stands."""
+    added to their logits `[lists, 1 or pixels, keys]`, and the heads and entries of the bias in that."""
 
     rows: slice | Tensor
     listed: Tensor
     added: Tensor | None
-    heads: Tensor | None
-    entries: Tensor | None
+    entries: tuple[Tensor, Tensor] | None
 
 
 def attend_to_lists(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, ...]:
@@ -83,7 +88,6 @@ def gradients_of_lists(
     lses = None if grad_lse is None else to_rows(grad_lse[..., None], call.query_region)
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (queries, keys, values))
     grad_bias = torch.zeros_like(bias.flatten(1)) if bias is not None and with_bias else None
-    places = None if bias is None else PairBias(q, k, bias, call)
     with without_autocast(q):
         for chunk in _chunks(q, k, call, keys):
             key, value = gather(chunk.listed, keys, values)
@@ -95,8 +99,8 @@ def gradients_of_lists(
             grad_logits = (grad @ value.transpose(1, 2)).mul_(weights)
             total = grad_logits.sum(-1, keepdim=True)
             grad_logits.addcmul_(weights, total if lses is None else total - lses[chunk.rows], value=-1)
-            if grad_bias is not None and places is not None:
-                places.give(grad_bias, chunk.heads, chunk.entries, grad_logits)
+            if grad_bias is not None and chunk.entries is not None:
+                add_gradient(grad_bias, *chunk.entries, grad_logits)
             grad_q[chunk.rows] = (grad_logits @ key).mul_(scale)
             listed = chunk.listed.flatten()
             grad_k.index_add_(0, listed, (grad_logits.transpose(1, 2) @ query).view(-1, *keys.shape[1:]))
@@ -143,12 +147,11 @@ def _chunks(q: Tensor, k: Tensor, call: Call, keys: Tensor) -> Iterator[_Chunk]:
             stop = equal if 2 * (equal - start) >= stop - start else stop
         part = slice(start, stop)
         numbers, own = listed[part, :width], part if order is None else order[part]
-        added = head = entries = None
+        added = entries = None
         if places is not None:
-            own_rows = torch.arange(part.start, part.stop, device=q.device) if order is None else own
-            head, key_region = own_rows // rows % heads, numbers % regions
-            entries = places.entries((own_rows % rows)[:, None], key_region)
-            added = places.take(head, entries)
+            number = torch.arange(start, stop, device=q.device) if order is None else order[part]
+            entries = number // rows % heads, places.entries((number % rows)[:, None], numbers % regions)
+            added = places.take(*entries)
         visible = None
         if present is not None and not bool(whole[numbers].all()):
             visible = present[numbers].flatten(1)
@@ -161,5 +164,5 @@ def _chunks(q: Tensor, k: Tensor, call: Call, keys: Tensor) -> Iterator[_Chunk]:
         if visible is not None:
             added = q.new_zeros(()) if added is None else added
             added = torch.where(visible[:, None], added, float("-inf"))
-        yield _Chunk(own, numbers, added, head, entries)
+        yield _Chunk(own, numbers, added, entries)
         start = part.stop

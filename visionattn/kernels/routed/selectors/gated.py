@@ -71,7 +71,7 @@ def gated_regions(
         given = "threshold" if threshold is not None else "the pool 'region'"
         raise ValueError(f"gated_regions: topk={topk} does not go with {given}")
     gates = gate_scores(q, k, region)
-    own, _ = places(q.shape[1], q.shape[2], region, q.device)
+    own, _ = places(q.shape[1:3], region, q.device)
     own = own[:, None] == torch.arange(gates.shape[3], device=q.device)
     own = own.expand_as(gates)
     # The gates of a pool stand in one row. Those of a region: regions, queries, heads.

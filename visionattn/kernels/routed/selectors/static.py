@@ -60,7 +60,7 @@ def best_pattern(
     lists = _stacked(patterns, q, -(-height // region[0]) * -(-width // region[1]))
     if not isinstance(samples, Tensor):
         samples = torch.randperm(height * width, generator=generator, device=q.device)[:samples]
-    region_of, _ = places(height, width, region, q.device)
+    region_of, _ = places((height, width), region, q.device)
     with without_autocast(q):
         q, k, v = (at_least_float32(x).flatten(1, 2).transpose(1, 2) for x in (q, k, v))
         q = q[:, :, samples.long()]

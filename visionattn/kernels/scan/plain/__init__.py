@@ -1,0 +1,1 @@
+"""Recurrent attention in fast plain PyTorch."""
