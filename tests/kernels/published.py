@@ -15,14 +15,14 @@ _FOLDER = Path(__file__).parents[1] / "parity" / "recurrent"
 # Lightning attention's decays of four heads.
 _SLOPES = [0.25, 0.0625, 0.015625, 0.00390625]
 _LOCAL = ("local_linear", "parallax", "gaussian")
+_MODULES = ("moh", "sqa", "ss2d")
 
 
 def fixtures(kind: str) -> list[Path]:
-    """The files of recurrent operators (`"scan"`), or those of the others (`"local"`)."""
+    """The files of recurrent functions (`"scan"`), or those of the others (`"local"`)."""
+    files = (path for path in sorted(_FOLDER.glob("*.safetensors")) if not path.stem.startswith(_MODULES))
     is_local = kind == "local"
-    return [
-        path for path in sorted(_FOLDER.glob("*.safetensors")) if path.stem.startswith(_LOCAL) == is_local
-    ]
+    return [path for path in files if path.stem.startswith(_LOCAL) == is_local]
 
 
 def check(path: Path, backend: str, tolerance: float = 1e-5) -> None:

@@ -5,22 +5,37 @@ from visionattn.layers.bilevel_routing import BiLevelRoutingAttention
 from visionattn.layers.inline_attention import InLineAttention2d
 from visionattn.layers.linear_attention import LinearAttention2d
 from visionattn.layers.local_attention import NeighborhoodAttention2d, OverlappingWindowAttention2d
+from visionattn.layers.recurrent.decay import DecayAttention2d, DeltaAttention2d
+from visionattn.layers.recurrent.lightnet import LightNetAttention2d, MapPositions
+from visionattn.layers.recurrent.local_linear import LocalLinearAttention2d
+from visionattn.layers.recurrent.selective_scan import SelectiveScan2d
+from visionattn.layers.reweighting import GaussianReweighting, MixtureOfHeads
 from visionattn.layers.routed_attention import RoutedAttention2d
 from visionattn.layers.sparse.native_sparse import NativeSparseAttention2d
 from visionattn.layers.sparse.prefix_state import PrefixStateAttention2d
 from visionattn.layers.sparse.sparse_linear import SparseLinearAttention2d
+from visionattn.layers.sparse_query import SparseQueryAttention2d
 from visionattn.layers.window_attention import WindowAttention2d
 
 __all__ = [
     "AgentAttention2d",
     "BiLevelRoutingAttention",
+    "DecayAttention2d",
+    "DeltaAttention2d",
+    "GaussianReweighting",
     "InLineAttention2d",
+    "LightNetAttention2d",
     "LinearAttention2d",
+    "LocalLinearAttention2d",
+    "MapPositions",
+    "MixtureOfHeads",
     "NativeSparseAttention2d",
     "NeighborhoodAttention2d",
     "OverlappingWindowAttention2d",
     "PrefixStateAttention2d",
     "RoutedAttention2d",
+    "SelectiveScan2d",
     "SparseLinearAttention2d",
+    "SparseQueryAttention2d",
     "WindowAttention2d",
 ]

@@ -13,13 +13,13 @@ Order = Literal["row", "row-reversed", "column", "column-reversed"]
 ORDERS = get_args(Order)
 
 
-def check_order(name: str, order: Order | Sequence[Order], heads: int) -> tuple[str, ...]:
+def check_order(name: str, order: Order | Sequence[Order], heads: int) -> tuple[Order, ...]:
     """One order per head.
 
     Raises:
         ValueError: an unknown order, or not one for all heads or one for each.
     """
-    orders = (order,) * heads if isinstance(order, str) else tuple(order)
+    orders: tuple[Any, ...] = (order,) * heads if isinstance(order, str) else tuple(order)
     unknown = next((o for o in orders if o not in ORDERS), None)
     if unknown is not None:
         raise ValueError(f"{name}: order={unknown!r} is unknown; choose one of {', '.join(ORDERS)}")

@@ -31,8 +31,8 @@ def selective_scan(
 ) -> Tensor:
     """`h = exp(Δ A) h + Δ x Bᵀ`, `y = h C + D x`, `y SiLU(z)`."""
     with without_autocast(x):
-        A = at_least_float32(A)
         wide = at_least_float32(x)
+        A = A.to(wide.dtype)
         step_size = at_least_float32(delta)
         step_size = step_size if delta_bias is None else step_size + delta_bias
         step_size = F.softplus(step_size) if delta_softplus else step_size

@@ -8,7 +8,7 @@ rest anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,10 +91,11 @@ def _read(h: Tensor, C: Tensor) -> Tensor:
     return (C.unsqueeze(-2) @ h).squeeze(-2)
 
 
-def _state_form(A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> tuple[Tensor, ...]:
+def _state_form(x: Tensor, A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> tuple[Any, ...]:
     """A as `[heads, N, d]`, and all in the precision of the states."""
-    wide = [x if x is None else at_least_float32(x) for x in (A.mT, D, delta_bias)]
-    return wide[0].contiguous(), *wide[1:]  # type: ignore[union-attr,return-value]
+    dtype = at_least_float32(x).dtype
+    rest = (t if t is None else t.to(dtype) for t in (D, delta_bias))
+    return A.mT.to(dtype).contiguous(), *rest
 
 
 def _plan(x: Tensor, A: Tensor) -> tuple[int, int]:
@@ -123,7 +124,7 @@ def _forward(
     walk, length = _Walk(x.shape[1], x.shape[2], orders), x.shape[1] * x.shape[2]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with without_autocast(x):
-        A, D, delta_bias = _state_form(A, D, delta_bias)
+        A, D, delta_bias = _state_form(x, A, D, delta_bias)
         chunk, block = _plan(x, A)
         buffers = _buffers(x, A, block)
         starts = [A.new_zeros(1, x.shape[0], *A.shape)]
@@ -168,7 +169,7 @@ def _gradients(
     walk, length = _Walk(x.shape[1], x.shape[2], orders), x.shape[1] * x.shape[2]
     given = (x, delta, B, C, z, A, D, delta_bias)
     with without_autocast(x):
-        A, D, delta_bias = _state_form(A, D, delta_bias)
+        A, D, delta_bias = _state_form(x, A, D, delta_bias)
         chunk, _ = _plan(x, A)
         buffers = _buffers(x, A, chunk)
         of_states = torch.empty_like(buffers[0])
@@ -236,7 +237,7 @@ def _formula(
     delta_softplus: bool,
 ) -> Tensor:
     with without_autocast(x):
-        A, D, delta_bias = _state_form(A, D, delta_bias)
+        A, D, delta_bias = _state_form(x, A, D, delta_bias)
         xs, raw, b, c = (to_sequences(at_least_float32(t), orders).transpose(0, 1) for t in (x, delta, B, C))
         raw = raw if delta_bias is None else raw + delta_bias
         dt = F.softplus(raw) if delta_softplus else raw
