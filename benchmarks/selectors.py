@@ -186,7 +186,7 @@ def measure_selectors(
     """
     truths = [full_attention(x, region) for x in maps]
     first = maps[0]
-    whole = [x.flatten(1, 2).transpose(1, 2) for x in first]
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in first)
     device = first.q.device
     known: dict[str, float] = {}
     for target in densities:
@@ -202,7 +202,7 @@ def measure_selectors(
                 )
             select = partial(method.choose, first, region, **options)
             calls = {
-                "full": partial(F.scaled_dot_product_attention, *whole),
+                "full": partial(F.scaled_dot_product_attention, q, k, v),
                 "attention": lambda choice=chosen[0]: attend(first, choice, region),
             }
             if chosen[0].run is None:
