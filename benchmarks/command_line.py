@@ -15,7 +15,7 @@ EXAMPLE = """examples:
   python tools/benchmark.py kernels na7 window16
   python tools/benchmark.py scaling inline_pvt_tiny l2vit_t --sides 224 448 896
   python tools/benchmark.py memory hat_x4 --size 512 512 --budgets 1GB 2GB
-  python tools/benchmark.py selectors runs/hat_photographs_x2
+  python tools/benchmark.py selectors runs/biformer_digits
   python tools/benchmark.py simulate
   python tools/benchmark.py simulate --size 128 128 --kernel 13 --query-tile 4 8 --key-tile 8 8
 """
@@ -66,11 +66,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "what takes more is counted, not run (default: %(default)s)"
     memory.add_argument("--limit", metavar="SIZE", default="12GB", help=text)
 
-    text = "ways to attend to a part of a map, on a layer of a trained restoration network"
+    text = "ways to attend to a part of a map, on a layer of a trained network"
     selectors = add_command(commands, "selectors", text, EXAMPLE)
     selectors.add_argument("run", metavar="RUN", help="a run folder of tools/train.py")
     text = "an attention layer of its network (default: %(default)s)"
-    selectors.add_argument("--layer", metavar="NAME", default="layers.0.blocks.0.attn", help=text)
+    selectors.add_argument("--layer", metavar="NAME", default="stages.0.blocks.0.attn", help=text)
     for name, meaning, default in (
         ("side", "height and width of the maps", 64),
         ("region", "of a region", 8),

@@ -165,9 +165,9 @@ def _growth(growing: Callable[[int], Maps]) -> str:
         directions = torch.randn(maps.q.shape[4], 7, generator=torch.Generator().manual_seed(0))
         samples = torch.arange(256).expand(1, 1, -1) * (side * side // 256)
         centroids = kernels.kmeans_blocks(F.normalize(maps.q, dim=-1), side, 3).centroids
-        whole = [x.flatten(1, 2).transpose(1, 2) for x in maps]
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in maps)
         calls = {
-            "full": partial(F.scaled_dot_product_attention, *whole),
+            "full": partial(F.scaled_dot_product_attention, q, k, v),
             "HyperAttention (256, 256 sampled)": partial(
                 kernels.lsh_attention, *maps, directions, block=256, samples=samples
             ),

@@ -137,8 +137,8 @@ def _antidiagonal(maps: Maps, region: Region, topk: int) -> Choice:
     return Choice(pick_topk(antidiagonal_scores(maps.q, maps.k, region, 8), topk))
 
 
-def _gated(maps: Maps, region: Region, topk: int, pool: str) -> Choice:
-    return Choice(kernels.gated_regions(maps.q, maps.k, region, topk=topk, pool=pool), rows=1)  # pyright: ignore
+def _gated(maps: Maps, region: Region, topk: int, pool: Any) -> Choice:
+    return Choice(kernels.gated_regions(maps.q, maps.k, region, topk=topk, pool=pool), rows=1)
 
 
 def _one_set(maps: Maps, region: Region, keys: int) -> Choice:

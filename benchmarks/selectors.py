@@ -1,7 +1,7 @@
 """Ways to attend to a part of a map: error, attention mass and time at equal densities, on a trained network.
 
-Queries, keys and values are those of a layer of a network that `tools/train.py` trained on the built-in
-photographs, for photographs that it has not seen.
+Queries, keys and values are those of a layer of a network that `tools/train.py` trained, for built-in
+photographs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from benchmarks.selector_methods import METHODS, Choice, Maps, Method, attend, d
 from visionattn.data.photographs import photograph_files
 from visionattn.errors import InputError
 from visionattn.kernels.routed.lists import listed_regions
-from visionattn.predict.files import open_restorer
+from visionattn.tasks import create_task, load_trained_config
 
 DENSITIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 # A method that cannot be set to a density within this factor has no row there.
@@ -97,42 +98,50 @@ def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.2f}"
 
 
-def open_layer(run: str, layer: str, device: torch.device | str = "cpu") -> tuple[nn.Module, nn.Module]:
-    """The restoration network of a run folder and its attention layer of this name.
+def open_layer(run: str, layer: str, device: torch.device | str = "cpu") -> tuple[Any, Any]:
+    """The network of a run folder, and its attention layer of this name.
 
     Raises:
         InputError: there is no such run, or no such layer with a `qkv` projection and `num_heads`.
     """
-    model = open_restorer(run, None).to(device)
+    if not Path(run).is_dir():
+        raise InputError(f"there is no run folder {run}; python tools/train.py CONFIG makes one")
+    model = create_task(load_trained_config(run)).to(device).eval().model
     found = dict(model.named_modules()).get(layer)
     if not isinstance(getattr(found, "qkv", None), nn.Module) or not hasattr(found, "num_heads"):
         names = [name for name, module in model.named_modules() if hasattr(module, "qkv")]
         raise InputError(f"the network has no attention layer {layer!r}; it has {', '.join(names)}")
-    return model, found  # pyright: ignore[reportReturnType]
+    return model, found
 
 
 @torch.no_grad()
-def read_maps(model: nn.Module, layer: nn.Module, side: int) -> list[Maps]:
+def read_maps(model: Any, layer: Any, side: int) -> list[Maps]:
     """Queries, keys and values `[1, side, side, heads, d]` of the layer for the middle of every photograph of
-    the validation side, at half its size."""
-    caught: list[Tensor] = []
-    hook = layer.qkv.register_forward_hook(lambda _module, _inputs, output: caught.append(output))  # pyright: ignore
+    the validation side.
+
+    Raises:
+        InputError: a photograph is smaller than the layer needs for such maps.
+    """
     device = next(model.parameters()).device
+    mean, std = (torch.tensor(model.default_cfg[name], device=device) for name in ("mean", "std"))
+    caught: list[Tensor] = []
+    hook = layer.qkv.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
     try:
+        # How many pixels of the image are one of the map.
+        model(torch.zeros(1, 3, 64, 64, device=device))
+        size = side * 64 // caught.pop().shape[1]
         for file in photograph_files("validation").values():
-            image = Image.open(file).convert("RGB").reduce(2)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = Image.open(file).convert("RGB")
+            left, top = (image.width - size) // 2, (image.height - size) // 2
             if min(left, top) < 0:
-                raise InputError(f"side must be at most {min(image.size)} pixels for {file.name}, got {side}")
-            data = torch.frombuffer(
-                bytearray(image.crop((left, top, left + side, top + side)).tobytes()), dtype=torch.uint8
-            )
-            pixels = data.view(1, side, side, 3).permute(0, 3, 1, 2).to(device, torch.float32) / 255
-            model(pixels)
+                most = min(image.size) * side // size
+                raise InputError(f"side must be at most {most} for {file.name}, got {side}")
+            image = image.crop((left, top, left + size, top + size))
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, size, size, 3)
+            model(((pixels.to(device) / 255 - mean) / std).permute(0, 3, 1, 2))
     finally:
         hook.remove()
-    heads: int = layer.num_heads  # pyright: ignore[reportAssignmentType]
-    return [Maps(*x[:, :side, :side].unflatten(-1, (3, heads, -1)).unbind(3)) for x in caught]
+    return [Maps(*x[:, :side, :side].unflatten(-1, (3, layer.num_heads, -1)).unbind(3)) for x in caught]
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ def measure_selectors(
     """
     truths = [full_attention(x, region) for x in maps]
     first = maps[0]
-    whole = [x.flatten(1, 2).transpose(1, 2) for x in first]
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in first)
     device = first.q.device
     known: dict[str, float] = {}
     for target in densities:
@@ -193,7 +202,7 @@ def measure_selectors(
                 )
             select = partial(method.choose, first, region, **options)
             calls = {
-                "full": lambda: F.scaled_dot_product_attention(*whole),
+                "full": partial(F.scaled_dot_product_attention, q, k, v),
                 "attention": lambda choice=chosen[0]: attend(first, choice, region),
             }
             if chosen[0].run is None:

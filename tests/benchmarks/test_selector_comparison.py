@@ -83,15 +83,21 @@ def test_rows_page_and_plot(maps: list[Maps], tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_maps_of_a_layer_and_wrong_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_of_a_layer_and_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"embed_dim": 16, "num_heads": 2, "depths": [1], "window_size": 4, "squeeze_factor": 4}
     net = timm.create_model("hat_s_x2", **sizes, compress_ratio=4).eval()
-    monkeypatch.setattr(selectors, "open_restorer", lambda run, checkpoint: net)
-    model, layer = selectors.open_layer("run", "layers.0.blocks.0.attn")
+    task = torch.nn.Module()
+    task.model = net
+    monkeypatch.setattr(selectors, "load_trained_config", lambda run: run)
+    monkeypatch.setattr(selectors, "create_task", lambda config: task)
+    run = str(tmp_path)
+    model, layer = selectors.open_layer(run, "layers.0.blocks.0.attn")
     maps = selectors.read_maps(model, layer, 18)
     assert len(maps) == 3
     assert all(x.shape == (1, 18, 18, 2, 8) for one in maps for x in one)
     with pytest.raises(InputError, match=r"no attention layer 'layers.9'; it has layers.0.blocks.0.attn"):
-        selectors.open_layer("run", "layers.9")
+        selectors.open_layer(run, "layers.9")
+    with pytest.raises(InputError, match="there is no run folder"):
+        selectors.open_layer(f"{run}/missing", "layers.0.blocks.0.attn")
     with pytest.raises(InputError, match="side must be at most"):
         selectors.read_maps(model, layer, 1000)

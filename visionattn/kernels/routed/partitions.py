@@ -18,7 +18,7 @@ from visionattn.kernels.merge import merge_attention
 from visionattn.kernels.precision import at_least_float32, without_autocast
 from visionattn.kernels.routed.blocks import Blocks, block_attention, sort_blocks
 from visionattn.kernels.routed.reference import places
-from visionattn.kernels.routed.regions import check_counts
+from visionattn.kernels.routed.regions import check_counts, softmax_scale
 
 # A centroid that moves less than this has come to rest (SVG2).
 _AT_REST = 1e-4
@@ -241,7 +241,7 @@ def lsh_attention(
             f"lsh_attention: samples must be a number or [{len(q)} or 1, 1 or {q.shape[3]}, n], "
             f"got {tuple(samples.shape)}"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = softmax_scale(q, scale)
     # Ranks by code, and the blocks that they fall in.
     orders = [lsh_codes(x, directions).argsort(dim=-1, stable=True) for x in (q, k)]
     count = -(-pixels // block)
@@ -334,11 +334,11 @@ def cluster_attention(
     # A gather per cluster, which holds a pixel once: gradients and outputs are added cluster after cluster,
     # in an order that does not vary.
     of_queries, of_keys = (x.unbind(2) for x in chosen)
-    inside = [
+    queries_in, keys_in, values_in = (
         torch.stack([_rows(x, rows) for rows in members], 2)
         for x, members in ((q_rows, of_queries), (k_rows, of_keys), (v_rows, of_keys))
-    ]
-    found = F.scaled_dot_product_attention(*inside, scale=scale)
+    )
+    found = F.scaled_dot_product_attention(queries_in, keys_in, values_in, scale=scale)
     total = at_least_float32(torch.zeros_like(q_rows))
     count = torch.zeros_like(total[..., :1])
     for rows, out in zip(of_queries, found.unbind(2)):

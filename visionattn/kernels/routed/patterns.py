@@ -189,7 +189,7 @@ def radial_regions(
         raise ValueError(f"radial_regions: decay must be above 0, got {decay}")
     if axis == "both":
         return _pattern("octaves", height, width, region_size, device, sink)
-    region = (1, region_size) if isinstance(region_size, int) else tuple(region_size)
+    region = (1, region_size) if isinstance(region_size, int) else pair("region_size", region_size)
     if region[0] != 1 or width % region[1]:
         raise ValueError(
             f"radial_regions: rows need regions (1, n), n a divisor of the width {width}, got {region_size}"

@@ -43,6 +43,11 @@ def region_means(x: Tensor, region: Sequence[int]) -> Tensor:
     return (x.sum(4).sum(2) / (region[0] * region[1])).flatten(1, 2)
 
 
+def softmax_scale(x: Tensor, scale: float | None) -> float:
+    """`scale`, or the usual one of `[..., d]` where none is given."""
+    return x.shape[-1] ** -0.5 if scale is None else scale
+
+
 def split_heads(means: Tensor, heads: int) -> Tensor:
     """`[B, heads, regions, d]` of region means `[B, regions, heads * d]`."""
     return means.unflatten(2, (heads, -1)).transpose(1, 2)

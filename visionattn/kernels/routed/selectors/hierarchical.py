@@ -121,7 +121,7 @@ def _sampled(inside: Tensor) -> Tensor:
 
 def _z_order(x: Tensor, region: tuple[int, int]) -> Tensor:
     """The numbers of the regions `[regions]` of a map along a Z-curve."""
-    rows, columns = region_grid(*x.shape[1:3], region, x.device)
+    rows, columns = region_grid(x.shape[1], x.shape[2], region, x.device)
     place = torch.zeros_like(rows)
     for bit in range(16):
         place += ((rows >> bit & 1) << 2 * bit + 1) + ((columns >> bit & 1) << 2 * bit)

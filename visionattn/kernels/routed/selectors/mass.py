@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels.precision import at_least_float32, without_autocast
-from visionattn.kernels.routed.regions import check_maps, pixels_inside, query_chunks, to_rows
+from visionattn.kernels.routed.regions import check_maps, pixels_inside, query_chunks, softmax_scale, to_rows
 from visionattn.kernels.routed.selectors.pick import lists_of
 
 # A head that keeps more than this share of its mass can do with fewer regions.
@@ -78,7 +78,7 @@ def mass_scores(
     scale: float | None = None,
 ) -> Tensor:
     """The share of each region in the attention of each region `[B, heads, regions, regions]`."""
-    batch, heads, scale = q.shape[0], q.shape[3], q.shape[4] ** -0.5 if scale is None else scale
+    batch, heads, scale = q.shape[0], q.shape[3], softmax_scale(q, scale)
     with without_autocast(q):
         inside = pixels_inside(q, region)
         regions, pixels = inside.shape

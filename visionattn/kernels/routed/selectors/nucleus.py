@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels.precision import at_least_float32, without_autocast
-from visionattn.kernels.routed.regions import check_shares
+from visionattn.kernels.routed.regions import check_shares, softmax_scale
 from visionattn.kernels.routed.selectors.pick import lists_of
 
 
@@ -53,10 +53,12 @@ def topp_blocks(
             "topp_blocks: centroids must be [..., query clusters, d] and [..., key clusters, d], counts "
             f"[..., key clusters], got {shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
-    scale = dim**-0.5 if scale is None else scale
     with without_autocast(query_centroids):
         query, key = at_least_float32(query_centroids), at_least_float32(key_centroids)
-        logits = query @ key.transpose(-1, -2) * scale + key_counts.to(key.dtype).log()[..., None, :]
+        logits = (
+            query @ key.transpose(-1, -2) * softmax_scale(key, scale)
+            + key_counts.to(key.dtype).log()[..., None, :]
+        )
         shares, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = torch.cat((torch.zeros_like(shares[..., :1]), shares.cumsum(-1)[..., :-1]), -1)
         rank = torch.arange(clusters, device=order.device)

@@ -14,6 +14,7 @@ from visionattn.kernels.routed.regions import (
     pixels_inside,
     query_chunks,
     region_grid,
+    softmax_scale,
     to_rows,
 )
 from visionattn.kernels.routed.selectors.pick import pick_kept
@@ -79,7 +80,7 @@ def quantized_scores(
     scale: float | None = None,
 ) -> Tensor:
     """The largest weight of pixels of two regions `[B, heads, regions, regions]`; the base has a sum of 1."""
-    batch, heads, scale = q.shape[0], q.shape[3], q.shape[4] ** -0.5 if scale is None else scale
+    batch, heads, scale = q.shape[0], q.shape[3], softmax_scale(q, scale)
     with without_autocast(q):
         inside, base = pixels_inside(q, region), _base(q, region, local, sinks)
         regions, pixels = inside.shape
@@ -113,7 +114,7 @@ def _check_base(local: int, sinks: int) -> None:
 
 def _base(q: Tensor, region: tuple[int, int], local: int, sinks: int) -> Tensor:
     """Which regions are in the base of which `[regions, regions]`."""
-    y, x = region_grid(*q.shape[1:3], region, q.device)
+    y, x = region_grid(q.shape[1], q.shape[2], region, q.device)
     distance = torch.maximum((y[:, None] - y).abs(), (x[:, None] - x).abs())
     return (distance < local) | (torch.arange(len(y), device=q.device) < sinks)
 
