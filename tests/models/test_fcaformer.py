@@ -57,6 +57,7 @@ def test_windows_take_images_of_any_size(size: tuple[int, int]):
     expected = [tuple(-(-side // stride) for side in size) for stride in (4, 8, 16, 32)]
     assert [tuple(m.shape[2:]) for m in maps] == expected
     assert [m.shape[1] for m in maps] == net.feature_info.channels() == [96, 192, 384, 768]
+    assert not net.model.pretrained_cfg["fixed_input_size"]
 
 
 def test_windows_begin_at_the_end_and_at_the_beginning_in_turn():

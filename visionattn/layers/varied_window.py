@@ -188,21 +188,20 @@ def _sum_rows(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """`sample` as sums of four weighted rows of a table, for which there is a kernel: seven times as fast."""
     batch, height, width, heads, channels = maps.shape
     count, table = y.shape[-1], maps.reshape(-1, channels)
-    # Counted exactly by the mantissa.
-    exact = torch.float32 if len(table) < 1 << 24 else torch.float64
     first = torch.arange(batch)[:, None] * (height * width * heads) + torch.arange(heads)
     lines, line_weights = _neighbours(y, height)
     lines = lines * (width * heads) + first.view(batch, 1, 1, heads, 1, 1)
     pixels, pixel_weights = _neighbours(x, width)
     # Every pair of a line and a pixel: products with zeros and ones are faster than additions of axes of
-    # seven and two numbers.
-    own = torch.eye(2 * count, dtype=exact)
+    # seven and two numbers. Nothing rounds those of float64, neither autocast nor the precision of products.
+    own = torch.eye(2 * count, dtype=torch.float64)
     of_lines = own.view(-1, count, 1, 2, 1).expand(-1, -1, count, -1, 2).reshape(2 * count, -1)
     of_pixels = own.view(-1, 1, count, 1, 2).expand(-1, count, -1, 2, -1).reshape(2 * count, -1)
-    rows = torch.cat([lines.flatten(4), (pixels * heads).flatten(4)], -1).to(exact)
-    rows = rows.flatten(0, 3) @ torch.cat([of_lines, of_pixels])
-    weights = line_weights.flatten(4).flatten(0, 3) @ of_lines.to(y.dtype)
-    weights = weights.mul_(pixel_weights.flatten(4).flatten(0, 3) @ of_pixels.to(y.dtype))
+    lines, line_weights, pixels, pixel_weights = (
+        t.flatten(4).flatten(0, 3).double() for t in (lines, line_weights, pixels * heads, pixel_weights)
+    )
+    rows = torch.cat([lines, pixels], -1) @ torch.cat([of_lines, of_pixels])
+    weights = ((line_weights @ of_lines) * (pixel_weights @ of_pixels)).to(y.dtype)
     out = F.embedding_bag(rows.int().view(-1, 4), table, per_sample_weights=weights.view(-1, 4), mode="sum")
     return out.view(-1, heads, count * count, channels)
 

@@ -19,6 +19,7 @@ from timm.layers import ClassifierHead, DropPath, LayerScale
 from timm.models import checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 
+from visionattn._compat import inside_feature_getter
 from visionattn.kernels import dense_attention
 from visionattn.kernels.checks import pair
 from visionattn.layers.bands import pixelwise
@@ -505,6 +506,16 @@ default_cfgs = generate_default_cfgs(
         "fcaformer_l4.in1k": _cfg(84.9),
     }
 )
+
+
+def _build(*args: Any, windowed: bool = False, **kwargs: Any) -> Any:
+    network = build_backbone(*args, windowed=windowed, **kwargs)
+    if windowed:
+        for one in (network, inside_feature_getter(network)[0]):
+            one.pretrained_cfg["fixed_input_size"] = False
+    return network
+
+
 VARIANTS = {
     "fcaformer_l1": Variant("FcaFormer-L1: 6.2 M parameters, 1.4 GMACs at 224."),
     "fcaformer_l2": Variant(
@@ -523,4 +534,4 @@ VARIANTS = {
         depths=(3, 6, 12, 3),
     ),
 }
-register(__name__, LAYOUT, VARIANTS, builder=build_backbone)
+register(__name__, LAYOUT, VARIANTS, builder=_build)
