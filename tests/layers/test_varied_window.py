@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.layers import VariedSizeWindowAttention2d, WindowAttention2d, varied_window
+from visionattn.layers import VariedSizeWindowAttention2d, WindowAttention2d
+from visionattn.layers.windows import varied_window
 
 
 def layer(**kwargs: Any) -> VariedSizeWindowAttention2d:

@@ -15,8 +15,8 @@ from visionattn.layers.sparse.native_sparse import NativeSparseAttention2d
 from visionattn.layers.sparse.prefix_state import PrefixStateAttention2d
 from visionattn.layers.sparse.sparse_linear import SparseLinearAttention2d
 from visionattn.layers.sparse_query import SparseQueryAttention2d
-from visionattn.layers.varied_window import VariedSizeWindowAttention2d
 from visionattn.layers.window_attention import WindowAttention2d
+from visionattn.layers.windows.varied_window import VariedSizeWindowAttention2d
 
 __all__ = [
     "AgentAttention2d",
