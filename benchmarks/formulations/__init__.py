@@ -11,9 +11,11 @@ from __future__ import annotations
 from benchmarks.formulations import (
     agent_attention,
     biformer,
+    care,
     catanet,
     cfsr,
     craft,
+    fcaformer,
     hat,
     hsdt,
     inline_attention,
@@ -21,15 +23,18 @@ from benchmarks.formulations import (
     nat,
     pmnet,
     rgt,
+    vsa,
 )
 from benchmarks.formulations.formulation import Formulation
 
 FORMULATIONS: dict[str, Formulation] = {
     "agent_attention": agent_attention.FORMULATION,
     "biformer": biformer.FORMULATION,
+    "care": care.FORMULATION,
     "catanet": catanet.FORMULATION,
     "cfsr": cfsr.FORMULATION,
     "craft": craft.FORMULATION,
+    "fcaformer": fcaformer.FORMULATION,
     "hat": hat.FORMULATION,
     "hsdt": hsdt.FORMULATION,
     "inline_attention": inline_attention.FORMULATION,
@@ -37,4 +42,6 @@ FORMULATIONS: dict[str, Formulation] = {
     "nat": nat.FORMULATION,
     "pmnet": pmnet.FORMULATION,
     "rgt": rgt.FORMULATION,
+    "swin_vsa": vsa.FORMULATION,
+    "vitae_vsa": vsa.FORMULATION,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.linear_hosts import (
@@ -11,6 +11,7 @@ from benchmarks.formulations.linear_hosts import (
     TheirWindowAttention,
     planes,
 )
+from benchmarks.formulations.planes import TheirMapSequential
 from visionattn.layers import LinearAttention2d, WindowAttention2d
 from visionattn.layers.maps import fill_up
 from visionattn.models.frames.common import StridedConv2d
@@ -20,14 +21,6 @@ from visionattn.models.l2vit import L2Block, L2ViT, LocalConcentration
 
 class TheirL2ViT(ImagesInPlanes, L2ViT):
     """Images stay in planes up to the stem."""
-
-
-class TheirMapSequential(MapSequential):
-    """Convolutions in planes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H', W', C']`."""
-        return nn.Sequential.forward(self, planes(x)).permute(0, 2, 3, 1)
 
 
 class TheirBlock(L2Block):

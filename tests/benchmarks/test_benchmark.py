@@ -33,6 +33,11 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 64), "n_win": 2, "topks": (1, 2, 3, -2)},
         (64, 96),
     ),
+    "care": (
+        "care_s0",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64), "head_dims": (0, 0, 8, 16)},
+        (64, 96),
+    ),
     "catanet": (
         "catanet_x2",
         {"patch_sizes": (8, 12), "num_centres": (5, 9), "group_sizes": (32, 20)},
@@ -41,6 +46,11 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     "cfsr": ("cfsr_x2", {"depths": (2, 1), "embed_dim": 8}, (20, 32)),
     # A width at which the position bias depends on the offset.
     "craft": ("craft_x2", {"depths": (1, 1), "embed_dim": 96}, (20, 32)),
+    "fcaformer": (
+        "fcaformer_l1",
+        {"img_size": (64, 96), "embed_dims": (16, 24, 32, 64), "depths": (1, 1, 3, 2)},
+        (64, 96),
+    ),
     "hat": (
         "hat_x2",
         {"depths": (2,), "embed_dim": 12, "num_heads": 2, "window_size": 8, "squeeze_factor": 2},
@@ -69,6 +79,29 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         (56, 40),
     ),
     "rgt": ("rgt_s_x2", {"depths": (3, 2), "embed_dim": 96}, (20, 40)),
+    "swin_vsa": (
+        "swin_vsa_t",
+        {
+            "depths": (1, 1, 1, 1),
+            "global_blocks": (1, 1, 1, 1),
+            "embed_dim": 16,
+            "num_heads": (2, 2, 2, 2),
+            "window_size": 2,
+        },
+        (64, 128),
+    ),
+    "vitae_vsa": (
+        "vitaev2_vsa_s",
+        {
+            "depths": (1, 1, 1, 1),
+            "embed_dims": (16, 16, 32, 64),
+            "token_dims": (16, 32, 64, 128),
+            "reduction_heads": (1, 2, 2, 4),
+            "num_heads": (2, 2, 4, 4),
+            "window_size": 2,
+        },
+        (64, 128),
+    ),
     "pmnet": ("pmnet_small", {}, (20, 32)),
 }
 

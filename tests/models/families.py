@@ -55,6 +55,18 @@ for _form in ("nat", "dinat"):
 SMALL["ninformer"] = {"img_size": (64, 96), "patch_size": 16, "embed_dim": 16, "hidden_dim": 24}
 SMALL["l2vit"] = {"depths": (2, 2, 2, 2), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}
 
+SMALL["care"] = {"depths": (1, 2, 1, 2), "embed_dims": (16, 32, 64, 128), "head_dims": (0, 0, 8, 16)}
+SMALL["fcaformer"] = {"img_size": (64, 96), "embed_dims": (16, 24, 32, 64), "depths": (1, 1, 3, 2)}
+SMALL["swin_vsa"] = {**_SWIN, "global_blocks": (2, 2, 3, 2), "window_size": 3}
+SMALL["vitaev2_vsa"] = {
+    "depths": (1, 2, 1, 1),
+    "embed_dims": (16, 16, 32, 64),
+    "token_dims": (16, 32, 64, 128),
+    "reduction_heads": (1, 2, 2, 4),
+    "num_heads": (2, 2, 4, 4),
+    "window_size": 2,
+}
+
 # Learnable parameters of the published networks.
 PARAMETERS = {
     "agent_cswin_base": 73_249_696,
@@ -102,7 +114,14 @@ PARAMETERS = {
     "cfsr_x2": 298_236,
     "cfsr_x3": 304_731,
     "cfsr_x4": 313_824,
+    "fcaformer_l1": 6_187_560,
+    "fcaformer_l2": 16_275_870,
+    "fcaformer_l3": 27_894_484,
+    "fcaformer_l4": 65_638_204,
     "hat_s_x1": 9_244_911,
+    "care_s0": 7_340_000,
+    "care_s1": 9_602_424,
+    "care_s2": 19_481_288,
     "catanet_x2": 477_435,
     "catanet_x3": 549_635,
     "catanet_x4": 535_195,
@@ -157,6 +176,13 @@ PARAMETERS = {
     "nat_isotropic_base": 86_465_800,
     "dinat_isotropic_small": 21_999_736,
     "dinat_isotropic_base": 86_465_800,
+    "swin_vsa_t": 28_779_274,
+    "swin_vsa_s": 50_549_338,
+    "vitaev2_vsa_s": 19_773_300,
+    "vitaev2_vsa_widepcm_s": 20_342_442,
+    "vitaev2_vsa_48m": 51_089_119,
+    "vitaev2_vsa_b": 93_711_532,
+    "vitaev2_vsa_b_ws12": 93_833_932,
     "vitrpb_small": 22_080_376,
     "vitrpb_base": 86_627_080,
 }

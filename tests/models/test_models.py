@@ -10,6 +10,7 @@ import timm
 import torch
 from families import (
     ALL,
+    ANY_SIZE,
     CLASSIFICATION,
     DROP_PATH,
     FAMILIES,
@@ -50,6 +51,7 @@ def image(net: nn.Module, batch: int = 2, size: tuple[int, int] | None = None, *
         size = net.img_size
     elif size is None:
         size = (16, 24) if hasattr(net, "info") else SIZE
+    size = max(size[0], min_size(net)), max(size[1], min_size(net))
     return torch.rand(batch, channels(net), *size, **kwargs)
 
 
@@ -69,6 +71,11 @@ def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     missing = [name for name, p in net.named_parameters() if p.grad is None]
     assert not missing, f"no gradient: {missing}"
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def paths(of: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that a configuration of timm names, one or several."""
+    return of if isinstance(of, tuple) else (of,) if of else ()
 
 
 def within(indices: tuple[int, ...], stages: int) -> tuple[int, ...]:
@@ -125,8 +132,8 @@ def test_default_cfgs(name: str):
         net = small(tag, device="meta")
         assert cfg.num_classes == net.num_classes
         modules = dict(net.named_modules())
-        assert isinstance(modules[cfg.first_conv], nn.Conv2d)
-        assert not cfg.classifier or isinstance(modules[cfg.classifier], nn.Linear)
+        assert all(isinstance(modules[path], nn.Conv2d) for path in paths(cfg.first_conv))
+        assert all(isinstance(modules[path], nn.Linear) for path in paths(cfg.classifier))
 
 
 @every_family
@@ -353,7 +360,7 @@ def test_features_only(name: str, out_indices: tuple[int, ...] | None):
         torch.testing.assert_close(feature, wanted)
 
 
-@every_backbone
+@pytest.mark.parametrize("name", [name for name in CLASSIFICATION if name in ANY_SIZE])
 def test_features_of_sizes_that_do_not_divide(name: str):
     net = small(name, features_only=True).eval()
     height, width = (max(side, min_size(net.model)) for side in (50, 77))

@@ -33,10 +33,12 @@ NETWORKS = (
     "agent_pvt_tiny",
     "agent_swin_tiny",
     "biformer_tiny",
+    "care_s0",
     "catanet_x2",
     "cfsr_x2",
     "craft_x2",
     "dinat_mini",
+    "fcaformer_l1",
     "hat_s_x2",
     "hsdt_s",
     "hsdt_ssr",
@@ -50,6 +52,8 @@ NETWORKS = (
     "ninformer_cifar10",
     "pmnet_small",
     "rgt_s_x2",
+    "swin_vsa_t",
+    "vitaev2_vsa_s",
 )
 
 

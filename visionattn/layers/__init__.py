@@ -16,6 +16,7 @@ from visionattn.layers.sparse.prefix_state import PrefixStateAttention2d
 from visionattn.layers.sparse.sparse_linear import SparseLinearAttention2d
 from visionattn.layers.sparse_query import SparseQueryAttention2d
 from visionattn.layers.window_attention import WindowAttention2d
+from visionattn.layers.windows.varied_window import VariedSizeWindowAttention2d
 
 __all__ = [
     "AgentAttention2d",
@@ -37,5 +38,6 @@ __all__ = [
     "SelectiveScan2d",
     "SparseLinearAttention2d",
     "SparseQueryAttention2d",
+    "VariedSizeWindowAttention2d",
     "WindowAttention2d",
 ]

@@ -4,11 +4,13 @@ import argparse
 
 import torch
 
-from visionattn.models import agent_attention, inline_attention
+from visionattn.models import agent_attention, inline_attention, swin_vsa
 from visionattn.models.biformer import BiFormer
+from visionattn.models.care import CARE
 from visionattn.models.catanet import CATANet
 from visionattn.models.cfsr import CFSR
 from visionattn.models.craft import CRAFT
+from visionattn.models.fcaformer import FcaFormer
 from visionattn.models.frames.restorer import RestorationInfo
 from visionattn.models.hat import HAT
 from visionattn.models.hosts.cswin import CSwin
@@ -21,8 +23,10 @@ from visionattn.models.nat import NAT
 from visionattn.models.ninformer import NiNformer
 from visionattn.models.pmnet import PMNet
 from visionattn.models.rgt import RGT
+from visionattn.models.vitae_vsa import ViTAEVSA
 
 __all__ = [
+    "CARE",
     "CFSR",
     "CRAFT",
     "HAT",
@@ -34,13 +38,16 @@ __all__ = [
     "CATANet",
     "CSwin",
     "DeiT",
+    "FcaFormer",
     "L2ViT",
     "NiNformer",
     "PMNet",
     "RestorationInfo",
     "Swin",
+    "ViTAEVSA",
     "agent_attention",
     "inline_attention",
+    "swin_vsa",
 ]
 
 # Official files hold, beside the weights, the options of their training: attributes without any behaviour.

@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.layers import LinearAttention2d, WindowAttention2d
 from visionattn.layers.maps import fill_up, on_nhwc
-from visionattn.models.frames.common import Block, StridedConv2d, build_backbone, drop_path_rates
+from visionattn.models.frames.common import (
+    Block,
+    StridedConv2d,
+    build_backbone,
+    drop_path_rates,
+    init_convolution,
+)
 from visionattn.models.frames.pyramid import MapSequential, Pyramid, Stage
 from visionattn.models.registry.names import CLASSIFIER, Names
 from visionattn.models.registry.shapes import Shapes, classes_of
@@ -191,14 +196,7 @@ class L2ViT(Pyramid):
             min_size=1,
             **dd,
         )
-        self.apply(_init_convolution)
-
-
-def _init_convolution(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_convolution)
 
 
 _NAMES = Names(

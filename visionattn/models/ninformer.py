@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visionattn.kernels.checks import pair
 from visionattn.layers.linear import Linear
-from visionattn.models.frames.common import Size, StridedConv2d, build_backbone, check_size
+from visionattn.models.frames.common import Size, StridedConv2d, build_backbone, check_fixed_size
 from visionattn.models.frames.tokens import TokenNetwork
 from visionattn.models.registry.names import Names
 from visionattn.models.registry.shapes import Shapes, classes_of, square
@@ -166,13 +166,7 @@ class NiNformer(TokenNetwork):
         Raises:
             ValueError: an image of another size.
         """
-        check_size(x, self.min_size)
-        (height, width), given = self.img_size, tuple(x.shape[-2:])
-        if given != self.img_size:
-            raise ValueError(
-                f"an input of {given[0]}x{given[1]} does not fit: the weights between tokens are for images "
-                f"of {height}x{width} pixels; resize it, or create the network with img_size={given}"
-            )
+        check_fixed_size(x, self.img_size)
         return super().embed(x)
 
 

@@ -33,6 +33,27 @@ def check_size(x: Tensor, min_size: int) -> None:
         )
 
 
+def check_fixed_size(x: Tensor, size: Size) -> None:
+    """Refuse images `[B, C, H, W]` of another size than the one that a network is made for.
+
+    Raises:
+        ValueError: what was given, and the size.
+    """
+    check_size(x, min(size))
+    given = tuple(x.shape[-2:])
+    if given != size:
+        raise ValueError(
+            f"an input of {given[0]}x{given[1]} does not fit: the weights are for images of "
+            f"{size[0]}x{size[1]} pixels; resize it, or create the network with img_size={given}"
+        )
+
+
+def factory_arguments(module: nn.Module) -> dict[str, Any]:
+    """Device and dtype of a module's parameters, as constructors take them; nothing where it has none."""
+    like = next(module.parameters(), None)
+    return {} if like is None else {"device": like.device, "dtype": like.dtype}
+
+
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Stochastic depth of each block, growing linearly from 0 to `rate`."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
@@ -41,9 +62,19 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 def init_linear(module: nn.Module) -> None:
     """Initial weights of a linear layer: truncated normal of deviation 0.02, no bias; others stay."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        _init_weights(module)
+
+
+def init_convolution(module: nn.Module) -> None:
+    """The same of a convolution."""
+    if isinstance(module, nn.Conv2d):
+        _init_weights(module)
+
+
+def _init_weights(module: nn.Linear | nn.Conv2d) -> None:
+    trunc_normal_(module.weight, std=0.02)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def build_backbone(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from visionattn.layers import WindowAttention2d
 from visionattn.models.frames.common import Block, Size, drop_path_rates
 from visionattn.models.frames.pyramid import PatchEmbedding, PatchMerging, Pyramid, Stage
 from visionattn.models.hosts.guest import Guest, Shape, pyramid_arguments
-from visionattn.models.hosts.swin_buffers import shift_mask, window_index
+from visionattn.models.hosts.swin_buffers import bias_table, shift_mask, stored_table, window_index
 from visionattn.models.registry.names import CLASSIFIER, Names
 from visionattn.models.registry.shapes import Shapes
 from visionattn.models.registry.variants import Layout, Weights
@@ -126,15 +126,14 @@ def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith((".relative_position_index", ".attn_mask")):
             continue
         if name.endswith(_TABLE) and value.ndim == 2:
-            side = round(value.shape[0] ** 0.5)
-            value = value.unflatten(0, (side, -1)).permute(2, 0, 1).flip(1, 2)
+            value = bias_table(value)
         out[name] = value
     return out
 
 
 def _to_official(weights: Weights, model: Swin) -> dict[str, Tensor]:
     """The authors' names and tables, with the indices and masks that their code stores."""
-    out = {n: v.flip(1, 2).flatten(1).T if n.endswith(_TABLE) else v for n, v in weights.items()}
+    out = {n: stored_table(v) if n.endswith(_TABLE) else v for n, v in weights.items()}
     for path, attn in model.named_modules():
         if not isinstance(attn, WindowAttention2d):
             continue

@@ -30,6 +30,17 @@ def window_offsets(window: Sequence[int]) -> Tensor:
     return torch.cartesian_prod(torch.arange(1 - height, height), torch.arange(1 - width, width)).float()
 
 
+def bias_table(stored: Tensor) -> Tensor:
+    """A table as `[heads, rows, columns]`, key minus query, of Swin's `[offsets, heads]`, query minus key."""
+    side = round(stored.shape[0] ** 0.5)
+    return stored.unflatten(0, (side, -1)).permute(2, 0, 1).flip(1, 2)
+
+
+def stored_table(table: Tensor) -> Tensor:
+    """The inverse of `bias_table`."""
+    return table.flip(1, 2).flatten(1).T
+
+
 def shift_mask(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
     """Swin's mask of shifted windows: -100 between pixels that do not belong together, else 0.
 

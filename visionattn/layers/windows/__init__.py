@@ -1,0 +1,1 @@
+"""Attention in windows that are more than a grid."""
