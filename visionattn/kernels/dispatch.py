@@ -58,12 +58,14 @@ class Operator:
         implementations: one function per backend; `reference` and `torch` always.
         refusals: per backend, says why it cannot take these arguments, or None where it can.
         stand_ins: what runs in place of a forced backend that the operator lacks.
+        drawbacks: per backend, says why it is not chosen unless it is forced, or None where it is.
     """
 
     name: str
     implementations: Mapping[str, Callable[..., Any]]
     refusals: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
     stand_ins: Mapping[str, str] = field(default_factory=dict)
+    drawbacks: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         """Run the implementation that `choose` names."""
@@ -102,6 +104,8 @@ def choose(operator: Operator, *args: Any) -> tuple[str, str]:
     for backend, reason in (("triton", "fused kernel available"), ("cpu", "kernel for CPUs available")):
         if backend in operator.implementations:
             refusal = _refusal(operator, backend, *args)
+            if refusal is None and backend in operator.drawbacks:
+                refusal = operator.drawbacks[backend](*args)
             if refusal is None:
                 return backend, reason
             reasons += f"; not {backend}: {refusal}" if reasons else f"not {backend}: {refusal}"

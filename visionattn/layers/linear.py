@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionattn._compat import may_overwrite
 from visionattn.kernels import product
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, whose product is `visionattn.kernels.product`: oneDNN's in float32 on an x86 CPU."""
+    """`torch.nn.Linear`, whose product is `visionattn.kernels.product`: oneDNN's in float32 with AVX-512."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
@@ -41,13 +42,37 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`."""
-        # Inference makes the hidden layer in one place and pass, unless somebody looks at its parts.
-        exact = _is_as_made(self.act, nn.GELU) and self.act.approximate == "none"
-        if exact and _is_as_made(self.fc1, Linear):
-            return self.fc2(product(x, self.fc1.weight, self.fc1.bias, gelu=True))
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(activated(self.fc1, self.act, x))
 
 
-def _is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a part of this file's layers was neither replaced nor given hooks."""
+def activated(linear: nn.Linear, act: nn.GELU, x: Tensor) -> Tensor:
+    """`act(linear(x))`, in one place and pass unless somebody looks at its parts.
+
+    Args:
+        linear: a layer.
+        act: its activation.
+        x: `[..., in_features]`.
+
+    Returns:
+        `[..., out_features]`.
+    """
+    exact = is_as_made(act, nn.GELU) and act.approximate == "none"
+    if exact and is_as_made(linear, Linear):
+        return product(x, linear.weight, linear.bias, gelu=True)
+    return act(linear(x))
+
+
+def is_disposable(*makers: nn.Module) -> bool:
+    """Whether what these modules made or took may be overwritten: nothing records it, no hook has seen it."""
+    return may_overwrite() and not any(m._forward_hooks or m._forward_pre_hooks for m in makers)
+
+
+def overwritten(act: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
+    """`act(x)` of features that nobody needs but the modules that made them: a GELU takes their place."""
+    exact = isinstance(act, nn.GELU) and is_as_made(act, nn.GELU) and act.approximate == "none"
+    return torch.ops.aten.gelu_(x) if exact and is_disposable(*makers) else act(x)
+
+
+def is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a part of a layer was neither replaced nor given hooks."""
     return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)

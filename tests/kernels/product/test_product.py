@@ -20,6 +20,11 @@ from visionattn.layers.linear import Linear, Mlp
 needs_onednn = pytest.mark.skipif(library._ONEDNN is None, reason="PyTorch without oneDNN on x86")
 
 
+@pytest.fixture(autouse=True)
+def _a_processor_with_avx512(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(library, "_HAS_AVX512", True)
+
+
 class Operators(TorchDispatchMode):
     """The names of the operators that run inside."""
 
@@ -53,6 +58,17 @@ def test_inference_gives_the_numbers_of_pytorch(mode, bias: bool, shape: tuple[i
     with mode():
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
         assert uses_onednn(layer, x) == (len(shape) > 1 and 0 not in shape)
+
+
+@needs_onednn
+def test_without_avx512_onednn_runs_only_where_it_is_forced(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(library, "_HAS_AVX512", False)
+    layer, x = layer_and_input()
+    with torch.no_grad():
+        assert not uses_onednn(layer, x)
+        assert "without AVX-512" in explain(product, x, layer.weight).reason
+        with use_backend("cpu"):
+            assert uses_onednn(layer, x)
 
 
 @needs_onednn

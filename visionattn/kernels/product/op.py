@@ -10,7 +10,7 @@ from visionattn.kernels.product.library import PRODUCT
 
 @leaf
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """`torch.nn.functional.linear` by the faster library: oneDNN in float32 on an x86 CPU, else PyTorch's.
+    """`torch.nn.functional.linear` by the faster library: oneDNN's in float32 with AVX-512, else PyTorch's.
 
     Compiled and exported programs, autocast, forward-mode derivatives, `vmap` and other dtypes have
     PyTorch's. So has a forced backend `"triton"`: there is no kernel of ours to compare with the vendors'.
