@@ -14,6 +14,7 @@ from benchmarks.formulations import (
     catanet,
     cfsr,
     craft,
+    efficientmod,
     hat,
     hsdt,
     inline_attention,
@@ -21,6 +22,7 @@ from benchmarks.formulations import (
     nat,
     pmnet,
     rgt,
+    smt,
 )
 from benchmarks.formulations.formulation import Formulation
 
@@ -30,6 +32,7 @@ FORMULATIONS: dict[str, Formulation] = {
     "catanet": catanet.FORMULATION,
     "cfsr": cfsr.FORMULATION,
     "craft": craft.FORMULATION,
+    "efficientmod": efficientmod.FORMULATION,
     "hat": hat.FORMULATION,
     "hsdt": hsdt.FORMULATION,
     "inline_attention": inline_attention.FORMULATION,
@@ -37,4 +40,5 @@ FORMULATIONS: dict[str, Formulation] = {
     "nat": nat.FORMULATION,
     "pmnet": pmnet.FORMULATION,
     "rgt": rgt.FORMULATION,
+    "smt": smt.FORMULATION,
 }

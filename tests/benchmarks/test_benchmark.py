@@ -41,6 +41,11 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     "cfsr": ("cfsr_x2", {"depths": (2, 1), "embed_dim": 8}, (20, 32)),
     # A width at which the position bias depends on the offset.
     "craft": ("craft_x2", {"depths": (1, 1), "embed_dim": 96}, (20, 32)),
+    "efficientmod": (
+        "efficientmod_s",
+        {"depths": (2, 1, 2, 1), "attention_depths": (0, 0, 1, 1), "embed_dims": (16, 24, 32, 40)},
+        (64, 96),
+    ),
     "hat": (
         "hat_x2",
         {"depths": (2,), "embed_dim": 12, "num_heads": 2, "window_size": 8, "squeeze_factor": 2},
@@ -70,6 +75,11 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     ),
     "rgt": ("rgt_s_x2", {"depths": (3, 2), "embed_dim": 96}, (20, 40)),
     "pmnet": ("pmnet_small", {}, (20, 32)),
+    "smt": (
+        "smt_l",
+        {"depths": (1, 1, 2, 1), "embed_dims": (16, 24, 32, 40), "num_heads": (0, 0, 2, 4)},
+        (64, 96),
+    ),
 }
 
 
