@@ -37,6 +37,7 @@ NETWORKS = (
     "cfsr_x2",
     "craft_x2",
     "dinat_mini",
+    "efficientmod_xxs",
     "hat_s_x2",
     "hsdt_s",
     "hsdt_ssr",
@@ -50,6 +51,7 @@ NETWORKS = (
     "ninformer_cifar10",
     "pmnet_small",
     "rgt_s_x2",
+    "smt_t",
 )
 
 

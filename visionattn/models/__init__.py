@@ -4,11 +4,12 @@ import argparse
 
 import torch
 
-from visionattn.models import agent_attention, inline_attention
+from visionattn.models import agent_attention, inline_attention, shvit
 from visionattn.models.biformer import BiFormer
 from visionattn.models.catanet import CATANet
 from visionattn.models.cfsr import CFSR
 from visionattn.models.craft import CRAFT
+from visionattn.models.efficientmod import EfficientMod
 from visionattn.models.frames.restorer import RestorationInfo
 from visionattn.models.hat import HAT
 from visionattn.models.hosts.cswin import CSwin
@@ -21,6 +22,7 @@ from visionattn.models.nat import NAT
 from visionattn.models.ninformer import NiNformer
 from visionattn.models.pmnet import PMNet
 from visionattn.models.rgt import RGT
+from visionattn.models.smt import SMT
 
 __all__ = [
     "CFSR",
@@ -30,10 +32,12 @@ __all__ = [
     "NAT",
     "PVT",
     "RGT",
+    "SMT",
     "BiFormer",
     "CATANet",
     "CSwin",
     "DeiT",
+    "EfficientMod",
     "L2ViT",
     "NiNformer",
     "PMNet",
@@ -41,6 +45,7 @@ __all__ = [
     "Swin",
     "agent_attention",
     "inline_attention",
+    "shvit",
 ]
 
 # Official files hold, beside the weights, the options of their training: attributes without any behaviour.
