@@ -26,6 +26,11 @@ def is_functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def may_overwrite() -> bool:
+    """Whether a layer may overwrite features of its own: no gradient, program or transform records them."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_functorch_active())
+
+
 def is_forward_mode_active() -> bool:
     """Whether tensors may carry forward-mode derivatives (torch 2.6 to 2.15)."""
     return forward_ad._current_level >= 0

@@ -15,6 +15,7 @@ from benchmarks.formulations import (
     catanet,
     cfsr,
     craft,
+    efficientmod,
     fcaformer,
     hat,
     hsdt,
@@ -23,6 +24,7 @@ from benchmarks.formulations import (
     nat,
     pmnet,
     rgt,
+    smt,
     vsa,
 )
 from benchmarks.formulations.formulation import Formulation
@@ -35,6 +37,7 @@ FORMULATIONS: dict[str, Formulation] = {
     "cfsr": cfsr.FORMULATION,
     "craft": craft.FORMULATION,
     "fcaformer": fcaformer.FORMULATION,
+    "efficientmod": efficientmod.FORMULATION,
     "hat": hat.FORMULATION,
     "hsdt": hsdt.FORMULATION,
     "inline_attention": inline_attention.FORMULATION,
@@ -44,4 +47,5 @@ FORMULATIONS: dict[str, Formulation] = {
     "rgt": rgt.FORMULATION,
     "swin_vsa": vsa.FORMULATION,
     "vitae_vsa": vsa.FORMULATION,
+    "smt": smt.FORMULATION,
 }

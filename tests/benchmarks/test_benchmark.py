@@ -51,6 +51,11 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         {"img_size": (64, 96), "embed_dims": (16, 24, 32, 64), "depths": (1, 1, 3, 2)},
         (64, 96),
     ),
+    "efficientmod": (
+        "efficientmod_s",
+        {"depths": (2, 1, 2, 1), "attention_depths": (0, 0, 1, 1), "embed_dims": (16, 24, 32, 40)},
+        (64, 96),
+    ),
     "hat": (
         "hat_x2",
         {"depths": (2,), "embed_dim": 12, "num_heads": 2, "window_size": 8, "squeeze_factor": 2},
@@ -103,6 +108,11 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         (64, 128),
     ),
     "pmnet": ("pmnet_small", {}, (20, 32)),
+    "smt": (
+        "smt_l",
+        {"depths": (1, 1, 2, 1), "embed_dims": (16, 24, 32, 40), "num_heads": (0, 0, 2, 4)},
+        (64, 96),
+    ),
 }
 
 

@@ -123,6 +123,13 @@ COMMUNITY: list[tuple[str, dict[str, Any]]] = [
     ("biformer_tiny", {"embed_dims": (32, 64, 96, 128), "depths": (1, 2, 3, 1), "num_classes": 5}),
     ("nat_mini", {"embed_dim": 48, "num_heads": (3, 6, 12, 24), "kernel_size": 9, "num_classes": 21841}),
     ("l2vit_t", {"embed_dims": (64, 96, 128, 160), "num_heads": (2, 3, 4, 5), "mlp_ratio": 2.0}),
+    (
+        "smt_s",
+        {"embed_dims": (32, 48, 64, 96), "depths": (1, 1, 3, 1), "num_heads": (0, 0, 2, 4), "num_classes": 9},
+    ),
+    ("smt_l", {"depths": (1, 1, 2, 1), "mlp_ratios": (2, 2, 3, 3), "expand_ratio": 3, "qkv_bias": False}),
+    ("efficientmod_xs", {"depths": (1, 1, 3, 1), "embed_dims": (32, 48, 64, 80), "ratios": (1, 2, 3)}),
+    ("efficientmod_s_conv", {"attention_depths": (0, 0, 0, 2), "mlp_ratios": (4, 4, 4, 3), "in_chans": 1}),
     ("agent_pvt_tiny", {"img_size": 128, "embed_dims": (32, 64, 96, 128), "num_classes": 0}),
     ("agent_swin_tiny", {"img_size": 448, "window_size": 14, "agents": (5, 6, 7, 7)}),
     ("agent_deit_tiny", {"img_size": 288, "depth": 14, "global_blocks": 3}),

@@ -54,6 +54,16 @@ for _form in ("nat", "dinat"):
     SMALL[_form] = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 2, 4), "mlp_ratio": 1}
 SMALL["ninformer"] = {"img_size": (64, 96), "patch_size": 16, "embed_dim": 16, "hidden_dim": 24}
 SMALL["l2vit"] = {"depths": (2, 2, 2, 2), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}
+SMALL["smt"] = {
+    "depths": (1, 1, 2, 1),
+    "embed_dims": (16, 24, 32, 48),
+    "num_heads": (0, 0, 2, 4),
+    "mlp_ratios": (2, 2, 2, 2),
+    "stem_kernel": 5,
+}
+_EFFICIENTMOD = {"depths": (1, 1, 2, 1), "embed_dims": (16, 24, 32, 40), "ratios": (1, 3)}
+SMALL["efficientmod_s_conv"] = _EFFICIENTMOD
+SMALL["efficientmod"] = {**_EFFICIENTMOD, "attention_depths": (0, 0, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
 
 SMALL["care"] = {"depths": (1, 2, 1, 2), "embed_dims": (16, 32, 64, 128), "head_dims": (0, 0, 8, 16)}
 SMALL["fcaformer"] = {"img_size": (64, 96), "embed_dims": (16, 24, 32, 64), "depths": (1, 1, 3, 2)}
@@ -102,6 +112,14 @@ PARAMETERS = {
     "inline_swin_base_384": 88_465_320,
     "inline_swin_small": 49_793_296,
     "inline_swin_tiny": 29_223_544,
+    "efficientmod_xxs": 4_736_264,
+    "efficientmod_xs": 6_627_544,
+    "efficientmod_s": 12_897_184,
+    "efficientmod_s_conv": 12_872_336,
+    "smt_t": 11_506_536,
+    "smt_s": 22_550_952,
+    "smt_b": 32_037_352,
+    "smt_l": 80_620_264,
     "l2vit_b": 88_577_188,
     "l2vit_b_384": 88_577_188,
     "l2vit_s": 50_199_157,

@@ -26,7 +26,7 @@ from visionattn.checkpoints.reading import (
 )
 from visionattn.models.registry import variants
 from visionattn.models.registry.shapes import Shapes
-from visionattn.models.registry.variants import ENTRIES, Entry, Layout
+from visionattn.models.registry.variants import Entry, Layout, known_entries
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 # Of a detector's or segmenter's weights, those of its backbone.
@@ -267,11 +267,11 @@ def _fit(identity: Identity, layout: Layout, ours: dict[str, Tensor]) -> LoadRep
 @lru_cache
 def _layouts() -> tuple[Layout, ...]:
     """The layouts of all classes."""
-    return tuple(dict.fromkeys(entry.layout for entry in ENTRIES.values()))
+    return tuple(dict.fromkeys(entry.layout for entry in known_entries().values()))
 
 
 @lru_cache
 def _entries(layout: Layout) -> tuple[Entry, ...]:
     """The registered networks of a layout, the plainest names first."""
-    found = [entry for entry in ENTRIES.values() if entry.layout is layout]
+    found = [entry for entry in known_entries().values() if entry.layout is layout]
     return tuple(sorted(found, key=lambda entry: (len(entry.name), entry.name)))

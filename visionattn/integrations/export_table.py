@@ -39,6 +39,7 @@ NETWORKS = (
     "craft_x2",
     "dinat_mini",
     "fcaformer_l1",
+    "efficientmod_xxs",
     "hat_s_x2",
     "hsdt_s",
     "hsdt_ssr",
@@ -54,6 +55,7 @@ NETWORKS = (
     "rgt_s_x2",
     "swin_vsa_t",
     "vitaev2_vsa_s",
+    "smt_t",
 )
 
 

@@ -1,4 +1,4 @@
-"""Our kernels inside timm's own networks: Swin, Swin V2, MaxViT, CoAtNet, DaViT, HaloNet and relatives."""
+"""Our kernels inside timm's own networks: Swin, Swin V2, MaxViT, CoAtNet, DaViT, HaloNet, SHViT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from timm.layers import RelPosBiasTf
 from timm.layers.halo_attn import HaloAttn
-from timm.models import davit, maxxvit, swin_transformer, swin_transformer_v2
+from timm.models import davit, maxxvit, shvit, swin_transformer, swin_transformer_v2
 from torch import nn
 
 from visionattn.integrations import timm_blocks, timm_windows
@@ -23,12 +23,14 @@ _KERNELS: dict[type[nn.Module], type[nn.Module]] = {
     maxxvit.Attention2d: timm_blocks.FusedAttention2d,
     davit.SpatialBlock: timm_blocks.FusedSpatialBlock,
     HaloAttn: timm_blocks.FusedHaloAttn,
+    shvit.SHSA: timm_blocks.FusedSHSA,
 }
 _CPU: dict[type[nn.Module], type[nn.Module]] = {
     swin_transformer.WindowAttention: timm_windows.FusedWindowAttention,
     swin_transformer_v2.WindowAttention: timm_windows.FusedCosineAttention,
     RelPosBiasTf: timm_windows.SlidingRelPosBias,
     HaloAttn: timm_blocks.FusedHaloAttn,
+    shvit.StageBlock: timm_windows.ChannelsLastStage,
     nn.Linear: timm_windows.OneDnnLinear,
 }
 _ORIGINALS = {ours: timms for table in (_KERNELS, _CPU) for timms, ours in table.items()}
@@ -44,6 +46,7 @@ _CPU_REASONS: dict[type[nn.Module], str] = {
     maxxvit.AttentionCl: _AS_FAST,
     maxxvit.Attention2d: _AS_FAST,
     davit.WindowAttention: _AS_FAST,
+    shvit.SHSA: _AS_FAST,
 }
 
 
@@ -68,15 +71,19 @@ class Acceleration:
     def __str__(self) -> str:
         lines = [f"swapped: {count} x {kind}" for kind, count in Counter(self.swapped.values()).items()]
         lines += [f"kept: {count} x {why}" for why, count in Counter(self.kept.values()).items()]
-        return "\n".join(lines) or "nothing to swap: no attention of Swin, MaxViT, CoAtNet, DaViT or HaloNet"
+        return (
+            "\n".join(lines)
+            or "nothing to swap: no attention of Swin, MaxViT, CoAtNet, DaViT, HaloNet or SHViT"
+        )
 
 
 def accelerate(model: nn.Module, device: torch.device | str | None = None) -> Acceleration:
     """Let our kernels compute the attention of a timm network, in place.
 
-    Swin, Swin V2, MaxViT and CoAtNet in all forms, DaViT's windows and halo attention. Weights, their names,
-    outputs, training, `features_only` and `torch.compile` stay; forward hooks on attention modules inside a
-    swapped block no longer run. Where attention dropout is on, timm's formulation runs in training.
+    Swin, Swin V2, MaxViT and CoAtNet in all forms, DaViT's windows, halo attention and SHViT's single head.
+    Weights, their names, outputs, training, `features_only` and `torch.compile` stay; forward hooks on
+    attention modules inside a swapped block no longer run. Where attention dropout is on, timm's formulation
+    runs in training.
 
     On the CPU only what was measured to be faster there is swapped, and the linear layers as well, of any
     network, whose product is then `visionattn.kernels.product`.

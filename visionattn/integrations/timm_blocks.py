@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers.halo_attn import HaloAttn
-from timm.models import davit, maxxvit, swin_transformer, swin_transformer_v2
+from timm.models import davit, maxxvit, shvit, swin_transformer, swin_transformer_v2
 from torch import Tensor
 
 from visionattn.integrations.timm_parts import (
@@ -25,7 +25,7 @@ from visionattn.integrations.timm_parts import (
     drops_weights,
     flipped_table,
 )
-from visionattn.kernels import grid_attention, window_attention
+from visionattn.kernels import dense_attention, grid_attention, window_attention
 from visionattn.layers.maps import extend_to, fill_up, on_nhwc
 
 
@@ -183,6 +183,21 @@ class FusedHaloAttn(HaloAttn):
         padded = [F.pad(t, (0, width - t.shape[-1])) for t in (q.flatten(2, 3), k, v)]
         out = F.scaled_dot_product_attention(*padded, attn_mask=relative, scale=self.scale)
         return out[..., : v.shape[-1]]
+
+
+class FusedSHSA(shvit.SHSA):
+    """SHViT's single head, whose values are wider than its queries and keys (https://arxiv.org/abs/2401.16456)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, C, H, W]`."""
+        x, rest = x.split([self.pdim, self.dim - self.pdim], 1)
+        qkv = self.qkv(self.pre_norm(x)).permute(0, 2, 3, 1)
+        parts = qkv.split([self.qk_dim, self.qk_dim, self.pdim], -1)
+        # Zeros, which change no product, give all three the same width.
+        width = max(self.qk_dim, self.pdim)
+        q, k, v = (F.pad(part, (0, width - part.shape[-1])).unsqueeze(3) for part in parts)
+        out = dense_attention(q, k, v, scale=self.scale)[..., 0, : self.pdim].permute(0, 3, 1, 2)
+        return self.proj(torch.cat([out, rest], 1))
 
 
 def _rolled_then_filled_up(

@@ -7,8 +7,9 @@ replaced here: biases that are gathered anew for every batch, and most of all th
 
 from __future__ import annotations
 
+import torch
 from timm.layers import RelPosBiasTf
-from timm.models import swin_transformer, swin_transformer_v2
+from timm.models import shvit, swin_transformer, swin_transformer_v2
 from torch import Tensor
 
 from visionattn.integrations.timm_parts import (
@@ -58,6 +59,14 @@ class SlidingRelPosBias(RelPosBiasTf):
     def get_bias(self) -> Tensor:
         """`[heads, n, n]`."""
         return dense_bias(self.relative_position_bias_table, self.window_size)
+
+
+class ChannelsLastStage(shvit.StageBlock):
+    """SHViT's stage on maps whose channels lie together, as 1x1 convolutions, most of its work, take them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, C', H / stride, W / stride]`."""
+        return super().forward(x.contiguous(memory_format=torch.channels_last))
 
 
 class OneDnnLinear(Linear):

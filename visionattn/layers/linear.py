@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionattn._compat import may_overwrite
 from visionattn.kernels import product
 
 
@@ -59,6 +60,17 @@ def activated(linear: nn.Linear, act: nn.GELU, x: Tensor) -> Tensor:
     if exact and is_as_made(linear, Linear):
         return product(x, linear.weight, linear.bias, gelu=True)
     return act(linear(x))
+
+
+def is_disposable(*makers: nn.Module) -> bool:
+    """Whether what these modules made or took may be overwritten: nothing records it, no hook has seen it."""
+    return may_overwrite() and not any(m._forward_hooks or m._forward_pre_hooks for m in makers)
+
+
+def overwritten(act: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
+    """`act(x)` of features that nobody needs but the modules that made them: a GELU takes their place."""
+    exact = isinstance(act, nn.GELU) and is_as_made(act, nn.GELU) and act.approximate == "none"
+    return torch.ops.aten.gelu_(x) if exact and is_disposable(*makers) else act(x)
 
 
 def is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:

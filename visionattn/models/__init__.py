@@ -4,12 +4,13 @@ import argparse
 
 import torch
 
-from visionattn.models import agent_attention, inline_attention, swin_vsa
+from visionattn.models import agent_attention, inline_attention, shvit, swin_vsa
 from visionattn.models.biformer import BiFormer
 from visionattn.models.care import CARE
 from visionattn.models.catanet import CATANet
 from visionattn.models.cfsr import CFSR
 from visionattn.models.craft import CRAFT
+from visionattn.models.efficientmod import EfficientMod
 from visionattn.models.fcaformer import FcaFormer
 from visionattn.models.frames.restorer import RestorationInfo
 from visionattn.models.hat import HAT
@@ -23,6 +24,7 @@ from visionattn.models.nat import NAT
 from visionattn.models.ninformer import NiNformer
 from visionattn.models.pmnet import PMNet
 from visionattn.models.rgt import RGT
+from visionattn.models.smt import SMT
 from visionattn.models.vitae_vsa import ViTAEVSA
 
 __all__ = [
@@ -34,10 +36,12 @@ __all__ = [
     "NAT",
     "PVT",
     "RGT",
+    "SMT",
     "BiFormer",
     "CATANet",
     "CSwin",
     "DeiT",
+    "EfficientMod",
     "FcaFormer",
     "L2ViT",
     "NiNformer",
@@ -47,6 +51,7 @@ __all__ = [
     "ViTAEVSA",
     "agent_attention",
     "inline_attention",
+    "shvit",
     "swin_vsa",
 ]
 

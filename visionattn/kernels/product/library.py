@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from visionattn._compat import is_forward_mode_active, is_functorch_active, onednn_linear
+from visionattn._compat import is_forward_mode_active, is_functorch_active, may_overwrite, onednn_linear
 from visionattn.kernels.dispatch import Operator
 from visionattn.kernels.product import reference
 
@@ -26,7 +26,10 @@ _HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     out = F.linear(x, weight, bias)
-    return F.gelu(out) if gelu else out
+    if not gelu:
+        return out
+    # Where nothing is recorded the result takes the place of its input, which is in the caches.
+    return torch.ops.aten.gelu_(out) if may_overwrite() else F.gelu(out)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:

@@ -96,6 +96,9 @@ class Block(nn.Module):
         pos_kernel: side of a depthwise convolution that is added first, on maps; 0 for none.
     """
 
+    # A family may have another MLP.
+    mlp_cls: type[Mlp] = Mlp
+
     def __init__(
         self,
         dim: int,
@@ -118,7 +121,7 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
         self.hidden_dim = int(dim * mlp_ratio)
-        self.mlp = Mlp(dim, self.hidden_dim, **dd)
+        self.mlp = self.mlp_cls(dim, self.hidden_dim, **dd)
         self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -214,6 +214,7 @@ class Pyramid(nn.Module):
         fine = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),
             (r"^(?:norm|extra_norms)", (99999,)),
         ]
         return {"stem": r"^stem", "blocks": blocks if coarse else fine}

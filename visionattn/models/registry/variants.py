@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, register_model
+from timm.models import FeatureListNet, build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from visionattn.models.registry.shapes import Shapes
@@ -106,6 +106,8 @@ class Entry:
 
 # All registered networks by their names; filled when `visionattn.models` is imported.
 ENTRIES: dict[str, Entry] = {}
+# Networks that timm registers, and whose official weights are known here.
+ADOPTED: dict[str, Entry] = {}
 
 
 def register(
@@ -156,15 +158,35 @@ def register(
         ENTRIES[name] = Entry(name, layout, {**defaults, **row.arguments})
 
 
+def adopt(layout: Layout, variants: Mapping[str, Mapping[str, Any]]) -> None:
+    """Let the official weights of networks that timm registers be recognised, loaded and converted.
+
+    "Our" layout of the weights is then timm's.
+
+    Args:
+        layout: of timm's class.
+        variants: their arguments, where they differ from the defaults of the class, by timm's names.
+    """
+    defaults = _defaults(layout.model_cls)
+    ADOPTED.update({name: Entry(name, layout, {**defaults, **row}) for name, row in variants.items()})
+
+
+def known_entries() -> dict[str, Entry]:
+    """All networks whose weights are known."""
+    return {**ENTRIES, **ADOPTED}
+
+
 def layout_of(network: nn.Module) -> Layout | None:
     """The layout of a network's weights; None for one of another library.
 
     Networks that were not made by their registered name have the first layout of their class.
     """
-    entry = ENTRIES.get(getattr(network, "pretrained_cfg", {}).get("architecture", ""))
-    if entry and entry.layout.model_cls is type(network):
+    entries = known_entries()
+    entry = entries.get(getattr(network, "pretrained_cfg", {}).get("architecture", ""))
+    # What timm makes of its networks for `features_only=True` has the parts, and another class.
+    if entry and type(network) in (entry.layout.model_cls, FeatureListNet):
         return entry.layout
-    return next((e.layout for e in ENTRIES.values() if e.layout.model_cls is type(network)), None)
+    return next((e.layout for e in entries.values() if e.layout.model_cls is type(network)), None)
 
 
 def _defaults(model_cls: type) -> dict[str, Any]:
