@@ -45,6 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     models.add_argument("names", metavar="NAME", nargs="+", help="a registered network")
     models.add_argument("--size", metavar=_SIZE, type=_count, nargs=2, help="default: that of the family")
     models.add_argument("--train", action="store_true", help="forward and backward instead of inference")
+    models.add_argument("--compile", action="store_true", help="compare both compiled as well")
 
     text = "our kernels against PyTorch's, the published formulations and NATTEN, on named shapes"
     kernels = add_command(commands, "kernels", text, EXAMPLE)

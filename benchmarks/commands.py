@@ -26,6 +26,7 @@ def compare_models(options: Namespace) -> None:
         batch=options.batch,
         repeats=options.repeats,
         train=options.train,
+        compiled=options.compile,
         device=device,
     )
     _run(rows, models.page, device, options, f"models_{device.type}{'_train' if options.train else ''}")

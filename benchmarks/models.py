@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class Comparison:
     Attributes:
         network: the registered name.
         input: shape of the input.
-        mode: `"inference"`, or `"training"` for a forward and a backward pass.
+        mode: `"inference"`, or `"training"` for a forward and a backward pass; with `", compiled"` where both
+            are compiled by `torch.compile`.
         ours: time with our kernels.
         authors: time with the authors' formulation.
         ratio: time of the authors' formulation divided by ours.
@@ -94,6 +96,7 @@ def compare_models(
     batch: int = 1,
     repeats: int = 10,
     train: bool = False,
+    compiled: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[Comparison]:
     """Compare networks, all names checked before the first is measured.
@@ -104,6 +107,7 @@ def compare_models(
         batch: images per input.
         repeats: measured rounds.
         train: forward and backward in training mode instead of inference.
+        compiled: compare both compiled as well.
         device: where to run.
 
     Raises:
@@ -118,13 +122,18 @@ def compare_models(
         for height, width in [size] if size else formulation.sizes or [net.default_cfg["input_size"][1:]]:
             image = torch.rand(batch, net.in_chans, height, width, device=device)
             with as_input_error(f"cannot run {name} at {height}x{width}", ValueError):
-                yield compare(net, name, formulation, image, repeats)
+                for as_program in (False, True) if compiled else (False,):
+                    yield compare(net, name, formulation, image, repeats, as_program)
 
 
-def compare(net: nn.Module, name: str, formulation: Formulation, image: Tensor, repeats: int) -> Comparison:
+def compare(
+    net: nn.Module, name: str, formulation: Formulation, image: Tensor, repeats: int, compiled: bool = False
+) -> Comparison:
     """Compare one network on one input; it trains if it is in training mode."""
 
-    start = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    # Of a compiled network, a change of classes would make another one.
+    nets = {"ours": net, "authors": copy.deepcopy(net) if compiled else net}
+    start = [(buffer, buffer.clone()) for network in nets.values() for buffer in network.buffers()]
 
     def settings(whose: str) -> Callable[[], AbstractContextManager[object]]:
         def enter() -> AbstractContextManager[object]:
@@ -133,23 +142,27 @@ def compare(net: nn.Module, name: str, formulation: Formulation, image: Tensor, 
             with torch.no_grad():
                 for buffer, value in start:
                     buffer.copy_(value)
-            return formulation.in_place_of_kernels(net) if whose == "authors" else nullcontext()
+            return formulation.in_place_of_kernels(nets[whose]) if whose == "authors" else nullcontext()
 
         return enter
 
-    pass_once = _training_pass(net, image) if net.training else _inference_pass(net, image)
-    contexts = {whose: settings(whose) for whose in ("ours", "authors")}
+    one_pass = _training_pass if net.training else _inference_pass
+    calls = {
+        whose: one_pass(network, torch.compile(network) if compiled else network, image)
+        for whose, network in nets.items()
+    }
+    contexts = {whose: settings(whose) for whose in nets}
     outputs, memory = {}, {}
     for whose, context in contexts.items():
         with context():
-            outputs[whose] = pass_once()
-            memory[whose] = peak_memory(pass_once, image.device)
-    timings = time_in_turn(dict.fromkeys(contexts, pass_once), contexts, image.device, repeats)
+            outputs[whose] = calls[whose]()
+            memory[whose] = peak_memory(calls[whose], image.device)
+    timings = time_in_turn(calls, contexts, image.device, repeats)
     difference = (outputs["ours"] - outputs["authors"]).abs().max() / outputs["authors"].abs().max()
     return Comparison(
         network=name,
         input=tuple(image.shape),
-        mode="training" if net.training else "inference",
+        mode=f"{'training' if net.training else 'inference'}{', compiled' if compiled else ''}",
         ours=timings["ours"],
         authors=timings["authors"],
         ratio=timings["authors"].median / timings["ours"].median,
@@ -177,17 +190,17 @@ def formulation_of(name: str) -> Formulation:
     return FORMULATIONS[family]
 
 
-def _inference_pass(net: nn.Module, image: Tensor) -> Call:
+def _inference_pass(net: nn.Module, call: Callable[[Tensor], Tensor], image: Tensor) -> Call:
     @torch.inference_mode()
     def run() -> Tensor:
-        return net(image)
+        return call(image)
 
     return run
 
 
-def _training_pass(net: nn.Module, image: Tensor) -> Call:
+def _training_pass(net: nn.Module, call: Callable[[Tensor], Tensor], image: Tensor) -> Call:
     def run() -> Tensor:
-        out = net(image)
+        out = call(image)
         out.square().mean().backward()
         # Gradients left to the next pass would count in the memory of one, and against that of the other.
         net.zero_grad()

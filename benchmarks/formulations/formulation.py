@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class Formulation:
         description: the formulation in a few words.
         per_forward: caches that the authors' network fills anew in every forward pass.
         hosts: classes that come in addition, or instead, in networks of a class.
+        fused_attention: whether the authors call PyTorch's attention; else it is written out in products.
     """
 
     classes: Classes
@@ -53,6 +54,7 @@ class Formulation:
     description: str
     per_forward: tuple[Callable[[], None], ...] = ()
     hosts: Mapping[type[nn.Module], Classes] = field(default_factory=dict)
+    fused_attention: bool = False
 
     def prepare(self, net: nn.Module) -> None:
         """Make `net` the one that stands for ours; the networks of this library are as they come."""
@@ -71,14 +73,14 @@ class Formulation:
 
         theirs = self.classes_in(net)
         ours = [(module, type(module)) for module in net.modules() if type(module) in theirs]
-        hook = net.register_forward_pre_hook(start_forward)
+        # A hook that comes and goes would have a compiled network compiled anew.
+        hook = net.register_forward_pre_hook(start_forward) if self.per_forward else nullcontext()
+        attention = nullcontext() if self.fused_attention else sdpa_kernel(SDPBackend.MATH)
         for module, kind in ours:
             module.__class__ = theirs[kind]  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            # Attention that a family leaves to PyTorch is written out in products there.
-            with sdpa_kernel(SDPBackend.MATH):
+            with hook, attention:
                 yield
         finally:
-            hook.remove()
             for module, kind in ours:
                 module.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]

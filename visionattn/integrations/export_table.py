@@ -37,6 +37,7 @@ NETWORKS = (
     "cfsr_x2",
     "craft_x2",
     "dinat_mini",
+    "halonet_h0",
     "hat_s_x2",
     "hsdt_s",
     "hsdt_ssr",
@@ -48,6 +49,7 @@ NETWORKS = (
     "nat_mini",
     "nat_isotropic_small",
     "ninformer_cifar10",
+    "overlock_xt",
     "pmnet_small",
     "rgt_s_x2",
 )
@@ -122,6 +124,8 @@ def shortened(name: str) -> dict[str, Any]:
     if "depths" in arguments:
         depths = tuple(min(depth, 2) for depth in arguments["depths"])
         short["depths"] = depths[:2] if restores else depths
+    if "sub_depths" in arguments:
+        short["sub_depths"] = tuple(min(depth, 2) for depth in arguments["sub_depths"])
     short |= {key: 2 for key in ("deep_depth",) if key in arguments}
     per_block = ("patch_sizes", "num_centres", "group_sizes")
     short |= {key: arguments[key][:2] for key in per_block if key in arguments}

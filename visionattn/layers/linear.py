@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.kernels import product
+from visionattn.layers.maps import on_nhwc
 
 
 class Linear(nn.Linear):
@@ -42,12 +43,32 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`."""
         # Inference makes the hidden layer in one place and pass, unless somebody looks at its parts.
-        exact = _is_as_made(self.act, nn.GELU) and self.act.approximate == "none"
-        if exact and _is_as_made(self.fc1, Linear):
+        exact = is_as_made(self.act, nn.GELU) and self.act.approximate == "none"
+        if exact and is_as_made(self.fc1, Linear):
             return self.fc2(product(x, self.fc1.weight, self.fc1.bias, gelu=True))
         return self.fc2(self.act(self.fc1(x)))
 
 
-def _is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a part of this file's layers was neither replaced nor given hooks."""
+class NormedLinear(nn.Module):
+    """A linear layer without bias, then a batch norm; `[B, H, W, dim]` to `[B, H, W, out_dim]`."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.linear = Linear(dim, out_dim, bias=False, **dd)
+        self.norm = nn.BatchNorm2d(out_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, dim]` to `[B, H, W, out_dim]`."""
+        return on_nhwc(self.norm, self.linear(x))
+
+
+def is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a part of a layer was neither replaced nor given hooks."""
     return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)

@@ -10,6 +10,7 @@ from visionattn.models.catanet import CATANet
 from visionattn.models.cfsr import CFSR
 from visionattn.models.craft import CRAFT
 from visionattn.models.frames.restorer import RestorationInfo
+from visionattn.models.halonet import HaloNet
 from visionattn.models.hat import HAT
 from visionattn.models.hosts.cswin import CSwin
 from visionattn.models.hosts.deit import DeiT
@@ -19,6 +20,7 @@ from visionattn.models.hsdt import HSDT
 from visionattn.models.l2vit import L2ViT
 from visionattn.models.nat import NAT
 from visionattn.models.ninformer import NiNformer
+from visionattn.models.overlock import OverLoCK
 from visionattn.models.pmnet import PMNet
 from visionattn.models.rgt import RGT
 
@@ -34,8 +36,10 @@ __all__ = [
     "CATANet",
     "CSwin",
     "DeiT",
+    "HaloNet",
     "L2ViT",
     "NiNformer",
+    "OverLoCK",
     "PMNet",
     "RestorationInfo",
     "Swin",

@@ -70,9 +70,9 @@ def compiled(
         if kernel == "bias":
             options["FORM"] = options["FORM"]._replace(mask="pairs")
     else:
-        tiles, options = choose_tiling(
-            q, bias, pattern, "key" if kernel in ("key", "distribute") else "query", hip=hip
-        )
+        owner = "key" if kernel in ("key", "distribute") else "query"
+        most = triton_neighborhood.MOST_OTHERS if kernel in HALVES else 64
+        tiles, options = choose_tiling(q, bias, pattern, owner, hip=hip, most_others=most)
     options |= {} if has_bias else {"bias": None, "partial": None}
     numbers = geometry(q, bias, pattern, tiles)
     types = dict.fromkeys(
@@ -92,9 +92,9 @@ LIMITS = {
     "key": {"sm_80": 255, "sm_90": 168, "gfx942": 512},
     "bias": {"sm_80": 168, "sm_90": 168, "gfx942": 256},
     "window": {"sm_80": 255, "sm_90": 255, "gfx942": 512},
-    "scores": {"sm_80": 168, "sm_90": 128, "gfx942": 256},
-    "aggregate": {"sm_80": 168, "sm_90": 168, "gfx942": 256},
-    "distribute": {"sm_80": 255, "sm_90": 168, "gfx942": 256},
+    "scores": {"sm_80": 168, "sm_90": 168, "gfx942": 256},
+    "aggregate": {"sm_80": 128, "sm_90": 128, "gfx942": 256},
+    "distribute": {"sm_80": 128, "sm_90": 128, "gfx942": 256},
 }
 
 

@@ -129,6 +129,12 @@ def _fused_score_gradients(
     return dq, distribute(q, grads[0], pattern, scale) if wanted[1] else None
 
 
+def _refuses_scores(q: Tensor, k: Tensor, pattern: Pattern, scale: float) -> str | None:
+    _, height, width, heads, _ = q.shape
+    numbers = height * width * heads * pattern.y.key_window * pattern.x.key_window
+    return "the fused kernels address 2**31 numbers per image" if numbers >= 2**31 else None
+
+
 def _fused_aggregation(*args: Any) -> Tensor:
     from visionattn.kernels.local.fused.neighborhood import aggregate
 
@@ -185,6 +191,7 @@ NEIGHBORHOOD_SCORES = register(
             lambda q, k, geometry, scale: _flops(q, geometry, 1),
             lambda q, k, geometry, scale: _flops(q, geometry, 2),
         ),
+        refusals={"triton": _refuses_scores},
         keeps_outputs=False,
         shape=lambda q, k, geometry, scale: (*q.shape[:4], geometry[1] * geometry[8]),
         pack=lambda q, k, pattern, scale: (q, k, encode(pattern), scale),

@@ -33,12 +33,21 @@ from visionattn.kernels.local.fused.tiling import Owner
 from visionattn.kernels.local.pattern import Pattern
 from visionattn.kernels.triton_rows import equally_strided
 
+# Every number of a pair of tiles has an address, which takes two registers.
+MOST_OTHERS = 32
+
 
 @triton.jit
-def rows_of_weights(weights, at, queries, g):
-    """Point, for each query, at where the weight of the key (0, 0) of its group would stand."""
-    row = (base_of(at, g.rows) + offset_of(queries, g.rows, g)).to(tl.int64)
-    return weights + row * (g.y.key_window * g.x.key_window) - origin_of(queries, at, g)
+def weights_of(weights, at, g):
+    """Point at the weights of the first pixel of a group."""
+    return weights + base_of(at, g.rows) * (g.y.key_window * g.x.key_window)
+
+
+@triton.jit
+def place_of_queries(queries, at, g):
+    """Compute where, from there, the weight of the key (0, 0) of its group would stand for each query."""
+    rows = offset_of(queries, g.rows, g) * (g.y.key_window * g.x.key_window)
+    return rows - origin_of(queries, at, g)
 
 
 @triton.jit
@@ -53,7 +62,7 @@ def scores_kernel(q, k, weights, scale, g, FORM: tl.constexpr):
     at = place(tl.program_id(0), g)
     own = own_tile(at, g, FORM)
     query = load_pixels(q, at, own, own.valid, g, FORM)
-    rows = rows_of_weights(weights, at, own, g)
+    rows, weights = place_of_queries(own, at, g), weights_of(weights, at, g)
     tiles = 1 if FORM.single else stream_length(own, FORM)
     for number in range(tiles):
         others = stream(number, own, at, FORM)
@@ -61,7 +70,7 @@ def scores_kernel(q, k, weights, scale, g, FORM: tl.constexpr):
         products = tl.dot(query, tl.trans(key), input_precision=FORM.precision) * scale
         seen = visible_pairs(own, others) & own.valid[:, None]
         places = rows[:, None] + place_of_keys(others, g)[None, :]
-        tl.store(places, products.to(weights.dtype.element_ty), mask=seen)
+        tl.store(weights + places, products.to(weights.dtype.element_ty), mask=seen)
 
 
 @triton.jit
@@ -69,14 +78,15 @@ def aggregate_kernel(v, weights, out, scale, g, FORM: tl.constexpr):
     """Sum the values of one tile of queries."""
     at = place(tl.program_id(0), g)
     own = own_tile(at, g, FORM)
-    rows = rows_of_weights(weights, at, own, g)
+    rows, weights = place_of_queries(own, at, g), weights_of(weights, at, g)
     acc = tl.zeros([FORM.own, FORM.block_d], tl.float32)
     tiles = 1 if FORM.single else stream_length(own, FORM)
     for number in range(tiles):
         others = stream(number, own, at, FORM)
         value = load_pixels(v, at, others, others.valid, g, FORM)
         seen = visible_pairs(own, others) & own.valid[:, None]
-        part = tl.load(rows[:, None] + place_of_keys(others, g)[None, :], mask=seen, other=0.0)
+        places = rows[:, None] + place_of_keys(others, g)[None, :]
+        part = tl.load(weights + places, mask=seen, other=0.0)
         acc = tl.dot(part.to(value.dtype), value, acc, input_precision=FORM.precision)
     store_vectors(out, at, own, own.valid, acc * scale, g, FORM)
 
@@ -86,15 +96,15 @@ def distribute_kernel(q, weights, out, scale, g, FORM: tl.constexpr):
     """Sum, for one tile of keys, the queries that see them."""
     at = place(tl.program_id(0), g)
     own = own_tile(at, g, FORM)
-    keys = place_of_keys(own, g)
+    keys, weights = place_of_keys(own, g), weights_of(weights, at, g)
     acc = tl.zeros([FORM.own, FORM.block_d], tl.float32)
     tiles = 1 if FORM.single else stream_length(own, FORM)
     for number in range(tiles):
         others = stream(number, own, at, FORM)
         query = load_pixels(q, at, others, others.valid, g, FORM)
         seen = visible_pairs(own, others) & own.valid[:, None] & others.valid[None, :]
-        places = rows_of_weights(weights, at, others, g)[None, :] + keys[:, None]
-        part = tl.load(places, mask=seen, other=0.0)
+        places = place_of_queries(others, at, g)[None, :] + keys[:, None]
+        part = tl.load(weights + places, mask=seen, other=0.0)
         acc = tl.dot(part.to(query.dtype), query, acc, input_precision=FORM.precision)
     store_vectors(out, at, own, own.valid, acc * scale, g, FORM)
 
@@ -137,7 +147,7 @@ def _sum(
 def _launch(kernel: Any, owner: Owner, pattern: Pattern, **arguments: Any) -> None:
     """Run a kernel, a program for every tile of every head of every image."""
     maps = next(iter(arguments.values()))
-    tiles, options = choose_tiling(maps, None, pattern, owner)
+    tiles, options = choose_tiling(maps, None, pattern, owner, most_others=MOST_OTHERS)
     grid = (tiles.programs * maps.shape[0] * maps.shape[3],)
     if maps.shape[0]:
         kernel[grid](**arguments, g=geometry(maps, None, pattern, tiles), **options)
