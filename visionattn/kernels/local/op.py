@@ -13,7 +13,8 @@ k and v may have more heads than q, or fewer, by any factor (`kernels/grouped.py
 number, or the smaller one where a group shares it, and the output the larger.
 
 Neighborhood attention is there in one piece and in its two halves, the logits and the weighted sum, for
-networks that do something else between them or make the weights in another way; these take equal numbers of heads.
+networks that do something else between them or make the weights in another way. The halves take maps with
+equal numbers of heads.
 """
 
 from __future__ import annotations
