@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import visionattn
 from visionattn.checkpoints.conversion import official_state_dict
+from visionattn.checkpoints.identify import load_network
 from visionattn.checkpoints.reading import CheckpointError
 from visionattn.layers.context_mixing import DILATED_BRANCHES, ContextMixingBlock, LargeConv2d
 from visionattn.models.frames.common import Supervised
@@ -128,7 +129,7 @@ def test_official_files_for_training_and_for_deployment() -> None:
     assert identity.arguments["merged"] is True
     assert "blocks1.0.proj.1.lk_origin.bias" in deployed
     assert all("dil_conv" not in name for name in deployed)
-    twin, _ = visionattn.load_network(deployed)
+    twin, _ = load_network(deployed)
     torch.testing.assert_close(twin(x), plain(x))
     with pytest.raises(CheckpointError, match="origin_bn"):
         visionattn.load_checkpoint(small("overlock_xt", num_classes=7), deployed)
