@@ -19,6 +19,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "catanet": {"patch_sizes": (8, 12), "num_centres": (5, 9), "group_sizes": (32, 20)},
     # A width at which the position bias matters; at the published one it is constant and not trained.
     "craft": {"depths": (1, 1), "embed_dim": 96},
+    "halonet": {
+        "depths": (1, 2, 1, 1),
+        "embed_dim": 16,
+        "num_heads": (2, 2, 4, 4),
+        "block_size": 8,
+        "halo": 3,
+        "value_ratio": 1.5,
+        "out_ratio": 1.25,
+        "final_dim": 24,
+    },
     "hat": {
         "depths": (2, 2),
         "embed_dim": 24,
@@ -29,6 +39,14 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     # Always the learned queries: the draws of training are tested in test_hsdt.py.
     "hsdt": {"embed_dim": 4, "depth": 3, "downsample": (1,), "self_query_rate": 0.0},
+    "overlock": {
+        "depths": (1, 1, 1, 1),
+        "sub_depths": (2, 1),
+        "embed_dims": (16, 16, 32, 32),
+        "sub_num_heads": (2, 2),
+        "kernel_sizes": (13, 7, 7, 7),
+        "projection": 40,
+    },
     "pmnet": {"mid_dim": 16, "embed_dim": 16, "deep_dim": 16, "depth": 2, "deep_depth": 2},
     "rgt": {"depths": (3, 2), "embed_dim": 96},
 }
@@ -136,6 +154,13 @@ PARAMETERS = {
     "fcaformer_l2": 16_275_870,
     "fcaformer_l3": 27_894_484,
     "fcaformer_l4": 65_638_204,
+    "halonet_h0": 5_502_248,
+    "halonet_h2": 9_405_608,
+    "halonet_h3": 11_842_792,
+    "halonet_h4": 19_103_464,
+    "halonet_h5": 30_718_952,
+    "halonet_h6": 43_458_280,
+    "halonet_h7": 67_434_728,
     "hat_s_x1": 9_244_911,
     "care_s0": 7_340_000,
     "care_s1": 9_602_424,
@@ -166,6 +191,11 @@ PARAMETERS = {
     "hsdt_pnp": 521_350,
     "hsdt_ssr": 521_251,
     "ninformer_cifar10": 2_652_170,
+    # Without the head for training on the overview, and before large convolutions are merged.
+    "overlock_xt": 16_969_600,
+    "overlock_t": 34_476_448,
+    "overlock_s": 57_795_748,
+    "overlock_b": 97_434_816,
     "pmnet": 19_993_613,
     "pmnet_small": 99_335,
     "rgt_s_x2": 10_051_055,

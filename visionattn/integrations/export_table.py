@@ -40,6 +40,7 @@ NETWORKS = (
     "dinat_mini",
     "fcaformer_l1",
     "efficientmod_xxs",
+    "halonet_h0",
     "hat_s_x2",
     "hsdt_s",
     "hsdt_ssr",
@@ -51,6 +52,7 @@ NETWORKS = (
     "nat_mini",
     "nat_isotropic_small",
     "ninformer_cifar10",
+    "overlock_xt",
     "pmnet_small",
     "rgt_s_x2",
     "swin_vsa_t",
@@ -128,6 +130,8 @@ def shortened(name: str) -> dict[str, Any]:
     if "depths" in arguments:
         depths = tuple(min(depth, 2) for depth in arguments["depths"])
         short["depths"] = depths[:2] if restores else depths
+    if "sub_depths" in arguments:
+        short["sub_depths"] = tuple(min(depth, 2) for depth in arguments["sub_depths"])
     short |= {key: 2 for key in ("deep_depth",) if key in arguments}
     per_block = ("patch_sizes", "num_centres", "group_sizes")
     short |= {key: arguments[key][:2] for key in per_block if key in arguments}

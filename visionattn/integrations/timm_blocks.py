@@ -26,6 +26,7 @@ from visionattn.integrations.timm_parts import (
     flipped_table,
 )
 from visionattn.kernels import dense_attention, grid_attention, window_attention
+from visionattn.layers.local_attention import halo_attention
 from visionattn.layers.maps import extend_to, fill_up, on_nhwc
 
 
@@ -138,51 +139,16 @@ class FusedSpatialBlock(davit.SpatialBlock):
 
 
 class FusedHaloAttn(HaloAttn):
-    """Halo attention (https://arxiv.org/abs/2103.12731).
-
-    Its relative logits depend on the query, and its queries may be fewer than the pixels: our kernels take
-    neither, so the relative logits are the mask of PyTorch's fused attention.
-    """
+    """Halo attention (https://arxiv.org/abs/2103.12731)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C', H', W']`."""
-        height, width = x.shape[2:]
-        block = self.block_size
-        if height % block or width % block:
-            raise ValueError(f"halo attention needs whole {block}x{block} blocks, got a {height}x{width} map")
-        rows, columns = height // block, width // block
-        q = self.q(x).unflatten(1, (self.num_heads, -1))
-        q = q.unflatten(4, (columns, -1)).unflatten(3, (rows, -1))
-        q = q.permute(0, 3, 5, 1, 4, 6, 2).flatten(0, 2)  # [B * blocks, heads, y, x, d]
-
-        halo = (self.halo_size,) * 4
-        kv = F.pad(self.kv(x).permute(0, 2, 3, 1), (0, 0, *halo)).unflatten(-1, (self.num_heads, -1))
-        kv = kv.unfold(1, self.win_size, block).unfold(2, self.win_size, block)
-        kv = kv.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(0, 2)
-        k, v = kv.split([self.dim_head_qk, self.dim_head_v], -1)  # [B * blocks, heads, keys, d]
-
-        out = self._attend(q, k, v).transpose(2, 3)  # [B * blocks, heads, d, queries]
-        out = out.unflatten(3, q.shape[2:4]).unflatten(0, (-1, rows, columns))
-        out = out.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-        return self.pool(out)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[N, heads, y * x, d]` of queries `[N, heads, y, x, d]`, keys and values `[N, heads, keys, d]`."""
-        first = self.win_size - self.block_size_ds
-        # Entry [i, :, j] is the embedding of row or column j of the window, seen from i of the block.
-        by_row, by_column = (
-            rel.unfold(0, self.win_size, 1)[first:].flip(0).to(q.dtype)
-            for rel in (self.pos_embed.height_rel, self.pos_embed.width_rel)
-        )
-        rows = torch.einsum("nhyxd,ydk->nhyxk", q, by_row)
-        columns = torch.einsum("nhyxd,xdk->nhyxk", q, by_column)
-        relative = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
-        relative = relative * self.scale if self.scale_pos_embed else relative
-        # PyTorch's fused attention wants values as wide as the keys.
-        width = max(k.shape[-1], v.shape[-1])
-        padded = [F.pad(t, (0, width - t.shape[-1])) for t in (q.flatten(2, 3), k, v)]
-        out = F.scaled_dot_product_attention(*padded, attn_mask=relative, scale=self.scale)
-        return out[..., : v.shape[-1]]
+        q, kv = (t.permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1)) for t in (self.q(x), self.kv(x)))
+        k, v = kv.split([self.dim_head_qk, self.dim_head_v], -1)
+        relative = self.pos_embed.height_rel, self.pos_embed.width_rel
+        sizes = self.block_size, self.halo_size
+        out = halo_attention(q, k, v, relative, *sizes, self.scale, self.scale_pos_embed)
+        return self.pool(out.flatten(3).permute(0, 3, 1, 2))
 
 
 class FusedSHSA(shvit.SHSA):

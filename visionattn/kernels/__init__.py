@@ -10,7 +10,10 @@ from visionattn.kernels.gaussian import gaussian_reweighting
 from visionattn.kernels.linear.op import agent_attention, linear_attention
 from visionattn.kernels.local.op import (
     grid_attention,
+    neighborhood_aggregation,
     neighborhood_attention,
+    neighborhood_bias,
+    neighborhood_scores,
     overlapping_window_attention,
     window_attention,
 )
@@ -84,7 +87,10 @@ __all__ = [
     "lsh_codes",
     "mass_regions",
     "merge_attention",
+    "neighborhood_aggregation",
     "neighborhood_attention",
+    "neighborhood_bias",
+    "neighborhood_scores",
     "overlapping_window_attention",
     "parallax_attention",
     "power_regions",

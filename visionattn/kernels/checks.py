@@ -52,6 +52,30 @@ def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
     return q.shape[1], q.shape[2]
 
 
+def check_weights(name: str, weights: Tensor, v: Tensor, keys: int) -> tuple[int, int]:
+    """Check weights `[B, H, W, heads, keys]` and their values `[B, H, W, heads, d]`; returns (H, W).
+
+    Raises:
+        ValueError: what does not fit, and what was given.
+    """
+    if v.dim() != 5 or not all(v.shape[1:]):
+        raise ValueError(f"{name}: v must be [B, H, W, heads, head_dim], got shape {tuple(v.shape)}")
+    if tuple(weights.shape) != (*v.shape[:4], keys):
+        raise ValueError(
+            f"{name}: weights have shape {tuple(weights.shape)}; needed is {(*v.shape[:4], keys)}, a weight "
+            "for each key of each pixel"
+        )
+    if weights.device != v.device or weights.dtype != v.dtype:
+        raise ValueError(
+            f"{name}: weights are {weights.dtype} on {weights.device}, v is {v.dtype} on {v.device}"
+        )
+    if not torch.is_floating_point(v):
+        raise ValueError(f"{name}: weights and v must be of a floating-point dtype, got {v.dtype}")
+    if v.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"{name}: head_dim {v.shape[-1]} is above {MAX_HEAD_DIM}")
+    return v.shape[1], v.shape[2]
+
+
 def check_bias(name: str, bias: Tensor, q: Tensor, table: tuple[int, ...], dense: tuple[int, ...]) -> None:
     """Check that a bias has the shape `table` or `dense` and goes with the queries.
 

@@ -52,7 +52,9 @@ class Definition:
         constants: names of tensors without a gradient, such as lists of indices.
         shared: names of tensors that the samples of a batch share: where one is given, `vmap` takes samples
             one by one; elsewhere a mapped axis is more batch.
-        fused: backends whose backward pass starts from their outputs.
+        fused: backends that always run as the operator of PyTorch.
+        keeps_outputs: whether the backward pass of these starts from their outputs.
+        shape: the shape of the output, from the operator's arguments; by default that of the queries.
         refusals: per backend, what it cannot take, beyond what `refuses_fused` says of all fused kernels.
         pack: from arguments of implementations to those of the operator; the same by default.
         unpack: its inverse.
@@ -66,6 +68,8 @@ class Definition:
     constants: tuple[str, ...] = ()
     shared: tuple[str, ...] = ("bias",)
     fused: tuple[str, ...] = ("triton",)
+    keeps_outputs: bool = True
+    shape: Callable[..., Sequence[int]] = lambda q, *args: q.shape
     refusals: Mapping[str, Refuses] = field(default_factory=dict)
     pack: Callable[..., Sequence[Any]] = lambda *args: args
     unpack: Callable[..., Sequence[Any]] = lambda *args: args
@@ -165,11 +169,12 @@ class _Node:
             q, lse = args[0], self.lse is not None and args[self.lse]
             wide = torch.promote_types(q.dtype, torch.float32)
             rest = [q.new_empty(q.shape[:-1] if lse else (0,), dtype=wide)][: self.outputs - 1]
-            return _one_or_all([q.new_empty(q.shape), *rest])
+            return _one_or_all([q.new_empty(definition.shape(*args[:-1])), *rest])
 
         def keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
             ctx.numbers = inputs[len(self.tensors) :]
-            outs = _several(output) if inputs[-1] in definition.fused else (None,) * self.outputs
+            kept = definition.keeps_outputs and inputs[-1] in definition.fused
+            outs = _several(output) if kept else (None,) * self.outputs
             ctx.save_for_backward(*outs, *inputs[: len(self.tensors)])
             ctx.set_materialize_grads(False)
 

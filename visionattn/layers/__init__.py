@@ -2,9 +2,15 @@
 
 from visionattn.layers.agent_attention import AgentAttention2d
 from visionattn.layers.bilevel_routing import BiLevelRoutingAttention
+from visionattn.layers.context_mixing import ContextMixingBlock
 from visionattn.layers.inline_attention import InLineAttention2d
 from visionattn.layers.linear_attention import LinearAttention2d
-from visionattn.layers.local_attention import NeighborhoodAttention2d, OverlappingWindowAttention2d
+from visionattn.layers.local_attention import (
+    HaloAttention2d,
+    NeighborhoodAttention2d,
+    OverlappingWindowAttention2d,
+    WindowAttention2d,
+)
 from visionattn.layers.recurrent.decay import DecayAttention2d, DeltaAttention2d
 from visionattn.layers.recurrent.lightnet import LightNetAttention2d, MapPositions
 from visionattn.layers.recurrent.local_linear import LocalLinearAttention2d
@@ -15,15 +21,16 @@ from visionattn.layers.sparse.native_sparse import NativeSparseAttention2d
 from visionattn.layers.sparse.prefix_state import PrefixStateAttention2d
 from visionattn.layers.sparse.sparse_linear import SparseLinearAttention2d
 from visionattn.layers.sparse_query import SparseQueryAttention2d
-from visionattn.layers.window_attention import WindowAttention2d
 from visionattn.layers.windows.varied_window import VariedSizeWindowAttention2d
 
 __all__ = [
     "AgentAttention2d",
     "BiLevelRoutingAttention",
+    "ContextMixingBlock",
     "DecayAttention2d",
     "DeltaAttention2d",
     "GaussianReweighting",
+    "HaloAttention2d",
     "InLineAttention2d",
     "LightNetAttention2d",
     "LinearAttention2d",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from visionattn._compat import may_overwrite
 from visionattn.kernels import product
+from visionattn.layers.maps import on_nhwc
 
 
 class Linear(nn.Linear):
@@ -71,6 +72,26 @@ def overwritten(act: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
     """`act(x)` of features that nobody needs but the modules that made them: a GELU takes their place."""
     exact = isinstance(act, nn.GELU) and is_as_made(act, nn.GELU) and act.approximate == "none"
     return torch.ops.aten.gelu_(x) if exact and is_disposable(*makers) else act(x)
+
+
+class NormedLinear(nn.Module):
+    """A linear layer without bias, then a batch norm; `[B, H, W, dim]` to `[B, H, W, out_dim]`."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.linear = Linear(dim, out_dim, bias=False, **dd)
+        self.norm = nn.BatchNorm2d(out_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, dim]` to `[B, H, W, out_dim]`."""
+        return on_nhwc(self.norm, self.linear(x))
 
 
 def is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def on_nhwc(module: nn.Module, x: Tensor) -> Tensor:
+def on_nhwc(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A convolution or pooling on `[B, H, W, C]`; the permutations are views of channels-last memory."""
     return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 

@@ -13,6 +13,7 @@ from visionattn.models.craft import CRAFT
 from visionattn.models.efficientmod import EfficientMod
 from visionattn.models.fcaformer import FcaFormer
 from visionattn.models.frames.restorer import RestorationInfo
+from visionattn.models.halonet import HaloNet
 from visionattn.models.hat import HAT
 from visionattn.models.hosts.cswin import CSwin
 from visionattn.models.hosts.deit import DeiT
@@ -22,6 +23,7 @@ from visionattn.models.hsdt import HSDT
 from visionattn.models.l2vit import L2ViT
 from visionattn.models.nat import NAT
 from visionattn.models.ninformer import NiNformer
+from visionattn.models.overlock import OverLoCK
 from visionattn.models.pmnet import PMNet
 from visionattn.models.rgt import RGT
 from visionattn.models.smt import SMT
@@ -43,8 +45,10 @@ __all__ = [
     "DeiT",
     "EfficientMod",
     "FcaFormer",
+    "HaloNet",
     "L2ViT",
     "NiNformer",
+    "OverLoCK",
     "PMNet",
     "RestorationInfo",
     "Swin",

@@ -15,6 +15,7 @@ from triton_tools import TARGETS, Resources, compile_for, run_interpreted
 from visionattn.kernels.local.fused import backward as triton_backward
 from visionattn.kernels.local.fused import bias as triton_bias
 from visionattn.kernels.local.fused import forward as triton_forward
+from visionattn.kernels.local.fused import neighborhood as triton_neighborhood
 from visionattn.kernels.local.fused.geometry import choose_tiling, geometry
 from visionattn.kernels.local.pattern import Pattern, neighborhood_axis, overlapping_axis, window_axis
 
@@ -25,7 +26,11 @@ KERNELS = {
     "key": triton_backward.key_kernel,
     "window": triton_backward.window_kernel,
     "bias": triton_bias.bias_kernel,
+    "scores": triton_neighborhood.scores_kernel,
+    "aggregate": triton_neighborhood.aggregate_kernel,
+    "distribute": triton_neighborhood.distribute_kernel,
 }
+HALVES = ("scores", "aggregate", "distribute")
 NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 NEIGHBORHOOD = Pattern(*(neighborhood_axis(56, 7, 1, 1, False),) * 2)
 WINDOWS = Pattern(*(window_axis(56, 7, 3),) * 2)
@@ -65,11 +70,13 @@ def compiled(
         if kernel == "bias":
             options["FORM"] = options["FORM"]._replace(mask="pairs")
     else:
-        tiles, options = choose_tiling(q, bias, pattern, "key" if kernel == "key" else "query", hip=hip)
+        owner = "key" if kernel in ("key", "distribute") else "query"
+        most = triton_neighborhood.MOST_OTHERS if kernel in HALVES else 64
+        tiles, options = choose_tiling(q, bias, pattern, owner, hip=hip, most_others=most)
     options |= {} if has_bias else {"bias": None, "partial": None}
     numbers = geometry(q, bias, pattern, tiles)
     types = dict.fromkeys(
-        ("q", "k", "v", "bias", "out", "grad_out", "grad_q", "grad_k", "grad_v"), NAMES[dtype]
+        ("q", "k", "v", "bias", "out", "grad_out", "grad_q", "grad_k", "grad_v", "weights"), NAMES[dtype]
     )
     types |= dict.fromkeys(("lse", "grad_lse", "delta", "partial"), "*fp32")
     types |= {"scale": "fp32", "g": _types(numbers), "share": _types(triton_bias.Share((0, 0), (1, 1), 1, 1))}
@@ -85,6 +92,9 @@ LIMITS = {
     "key": {"sm_80": 255, "sm_90": 168, "gfx942": 512},
     "bias": {"sm_80": 168, "sm_90": 168, "gfx942": 256},
     "window": {"sm_80": 255, "sm_90": 255, "gfx942": 512},
+    "scores": {"sm_80": 168, "sm_90": 168, "gfx942": 256},
+    "aggregate": {"sm_80": 128, "sm_90": 128, "gfx942": 256},
+    "distribute": {"sm_80": 128, "sm_90": 128, "gfx942": 256},
 }
 
 
@@ -92,7 +102,7 @@ LIMITS = {
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_compiles_into_registers(kernel: str, target: str) -> None:
     pattern = WINDOWS if kernel == "window" else NEIGHBORHOOD
-    taken, options = compiled(kernel, target, pattern, torch.bfloat16, 32)
+    taken, options = compiled(kernel, target, pattern, torch.bfloat16, 32, kernel not in HALVES)
     assert options["FORM"].own == 64
     assert taken.registers <= LIMITS[kernel][target]
     assert taken.spilled == 0
@@ -118,7 +128,7 @@ def test_compiles_into_registers(kernel: str, target: str) -> None:
 @pytest.mark.parametrize("target", list(TARGETS))
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_other_widths(kernel: str, target: str, dtype: torch.dtype, dim: int, has_bias: bool) -> None:
-    if kernel == "bias" and not has_bias:
+    if (kernel == "bias" and not has_bias) or (kernel in HALVES and has_bias):
         return
     pattern = WINDOWS if kernel == "window" else NEIGHBORHOOD
     taken, _ = compiled(kernel, target, pattern, dtype, dim, has_bias)

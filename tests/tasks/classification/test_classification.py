@@ -15,6 +15,7 @@ from PIL import Image
 from visionattn.data.digits import Digits
 from visionattn.engine.config import parse_config
 from visionattn.errors import InputError
+from visionattn.models.frames.common import Supervised
 from visionattn.tasks import create_task
 from visionattn.tasks.classification.task import ClassificationConfig, ClassificationTask, classify
 
@@ -131,6 +132,22 @@ def test_smoothing_without_mixing() -> None:
     images, targets = next(iter(task.eval_loader()))
     expected = F.cross_entropy(task.model(task._normalize(images)), targets, label_smoothing=0.1)
     torch.testing.assert_close(task.loss((images, targets))["loss"], expected)
+
+
+def test_a_second_classifier_adds_its_loss_in_training() -> None:
+    class TwoHeads(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> Supervised:
+            logits = x.flatten(1)[:, :10]
+            return Supervised(logits, 2 * logits, 0.25)
+
+    task = make_task(augment={"label_smoothing": 0.1})
+    batch = next(iter(task.train_loader()))
+    task.model = TwoHeads()
+    out = task.model(task._normalize(batch[0]))
+    main, auxiliary = (F.cross_entropy(x, batch[1], label_smoothing=0.1) for x in out[:2])
+    losses = task.loss(batch)
+    torch.testing.assert_close(losses["loss"], main + 0.25 * auxiliary)
+    torch.testing.assert_close(losses["auxiliary"], auxiliary)
 
 
 def test_prediction_agrees_with_evaluation() -> None:

@@ -11,6 +11,10 @@ the shape tells which. It is added to the scaled logits and receives a gradient.
 
 k and v may have more heads than q, or fewer, by any factor (`kernels/grouped.py`); a bias has the larger
 number, or the smaller one where a group shares it, and the output the larger.
+
+Neighborhood attention is there in one piece and in its two halves, the logits and the weighted sum, for
+networks that do something else between them or make the weights in another way. The halves take maps with
+equal numbers of heads.
 """
 
 from __future__ import annotations
@@ -19,9 +23,13 @@ from typing import Literal, get_args, overload
 
 from torch import Tensor
 
-from visionattn.kernels.checks import check_bias, check_qkv, pair
+from visionattn.kernels.checks import check_bias, check_qkv, check_weights, pair
 from visionattn.kernels.grouped import grouped_heads
-from visionattn.kernels.local.library import LOCAL_ATTENTION
+from visionattn.kernels.local.library import (
+    LOCAL_ATTENTION,
+    NEIGHBORHOOD_AGGREGATION,
+    NEIGHBORHOOD_SCORES,
+)
 from visionattn.kernels.local.pattern import (
     Border,
     Call,
@@ -31,6 +39,7 @@ from visionattn.kernels.local.pattern import (
     overlapping_axis,
     window_axis,
 )
+from visionattn.kernels.local.reference import bias_of_neighborhoods
 from visionattn.kernels.operator import leaf
 
 _BORDERS = get_args(Border)
@@ -246,7 +255,132 @@ def neighborhood_attention(
             `kernel_size * dilation`.
     """
     name = "neighborhood_attention"
-    sides, kernel = check_qkv(name, q, k, v), pair("kernel_size", kernel_size)
+    pattern = _neighborhood(name, check_qkv(name, q, k, v), kernel_size, stride, dilation, is_causal)
+    out, lse = _local_attention(name, q, k, v, pattern, bias, scale, return_lse)
+    return out if lse is None else (out, lse)
+
+
+@leaf
+def neighborhood_scores(
+    q: Tensor,
+    k: Tensor,
+    kernel_size: int | tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    is_causal: bool | tuple[bool, bool] = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Logits of every pixel and its neighborhood: the first half of `neighborhood_attention`.
+
+    `neighborhood_aggregation(neighborhood_scores(q, k, n).softmax(-1), v, n)` is that attention.
+
+    Args:
+        q: queries `[B, H, W, heads, d]`.
+        k: keys, same shape.
+        kernel_size: keys per side, or (height, width).
+        bias: as in `neighborhood_attention`.
+        stride: as in `neighborhood_attention`, and so the next three.
+        dilation: pixels from one key to the next, or (y, x).
+        is_causal: whether keys behind the query are absent, for both axes or (y, x).
+        scale: multiplies q·k; `d ** -0.5` by default.
+
+    Returns:
+        `[B, H, W, heads, height * width]`, contiguous, the keys of a pixel in row-major order; -inf for keys
+        that causality hides.
+
+    Raises:
+        ValueError: what `neighborhood_attention` raises it for.
+    """
+    name = "neighborhood_scores"
+    pattern = _neighborhood(name, check_qkv(name, q, k, k), kernel_size, stride, dilation, is_causal)
+    if bias is not None:
+        _check_bias(name, bias, q.shape[3], q, pattern)
+    scores = NEIGHBORHOOD_SCORES(q, k, pattern, q.shape[-1] ** -0.5 if scale is None else scale)
+    return scores if bias is None else scores + bias_of_neighborhoods(bias, pattern).to(scores.dtype)
+
+
+@leaf
+def neighborhood_aggregation(
+    weights: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    is_causal: bool | tuple[bool, bool] = False,
+) -> Tensor:
+    """Sum the values of every pixel's neighborhood by given weights.
+
+    The second half of `neighborhood_attention`, and by itself a convolution whose kernel is another at every
+    pixel (OverLoCK, https://arxiv.org/abs/2502.20087). At a border the neighborhood moves inwards.
+
+    Args:
+        weights: `[B, H, W, heads, height * width]`, the keys of a pixel in row-major order; those of keys
+            that causality hides are not read.
+        v: values `[B, H, W, heads, d]`.
+        kernel_size: keys per side, or (height, width).
+        stride: side of a block of queries that share their keys, or (y, x); at most the kernel size.
+        dilation: pixels from one key to the next, or (y, x).
+        is_causal: whether keys behind the query are absent, for both axes or (y, x).
+
+    Returns:
+        `[B, H, W, heads, d]`, contiguous.
+
+    Raises:
+        ValueError: shapes, devices or dtypes do not fit, a stride above the kernel size, or a map smaller
+            than `kernel_size * dilation`.
+    """
+    name, (rows, columns) = "neighborhood_aggregation", pair("kernel_size", kernel_size)
+    sides = check_weights(name, weights, v, rows * columns)
+    pattern = _neighborhood(name, sides, kernel_size, stride, dilation, is_causal)
+    return NEIGHBORHOOD_AGGREGATION(v, weights, pattern)
+
+
+@leaf
+def neighborhood_bias(
+    bias: Tensor,
+    size: tuple[int, int],
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    is_causal: bool | tuple[bool, bool] = False,
+) -> Tensor:
+    """Write out the bias of every pixel and its neighborhood, for logits that are made in another way.
+
+    Args:
+        bias: a relative table or a dense bias, as in `neighborhood_attention`.
+        size: (H, W) of the map.
+        kernel_size: keys per side, or (height, width).
+        stride: as in `neighborhood_attention`, and so the next two.
+        dilation: pixels from one key to the next, or (y, x).
+        is_causal: whether keys behind the query are absent, for both axes or (y, x).
+
+    Returns:
+        `[H, W, heads, height * width]`, which is added to what `neighborhood_scores` returns.
+
+    Raises:
+        ValueError: a bias of another shape, a stride above the kernel size, or a map smaller than
+            `kernel_size * dilation`.
+    """
+    name = "neighborhood_bias"
+    pattern = _neighborhood(name, size, kernel_size, stride, dilation, is_causal)
+    _check_bias(name, bias, bias.shape[0] if bias.dim() else 1, bias, pattern)
+    return bias_of_neighborhoods(bias, pattern)
+
+
+def _neighborhood(
+    name: str,
+    sides: tuple[int, int],
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    is_causal: bool | tuple[bool, bool],
+) -> Pattern:
+    """The pattern of a neighborhood operator on a map of these sides."""
+    kernel = pair("kernel_size", kernel_size)
     strides, dilations = pair("stride", stride), pair("dilation", dilation)
     causal = pair("is_causal", is_causal, minimum=0)
     for side, size, n, t, e in zip(("height", "width"), sides, kernel, strides, dilations):
@@ -260,8 +394,11 @@ def neighborhood_attention(
     y, x = (
         neighborhood_axis(*numbers) for numbers in zip(sides, kernel, strides, dilations, map(bool, causal))
     )
-    out, lse = _local_attention(name, q, k, v, Pattern(y, x), bias, scale, return_lse)
-    return out if lse is None else (out, lse)
+    return Pattern(y, x)
+
+
+def _check_bias(name: str, bias: Tensor, heads: int, q: Tensor, pattern: Pattern) -> None:
+    check_bias(name, bias, q, (heads, *pattern.table_shape), (heads, *pattern.dense_shape))
 
 
 def _local_attention(
@@ -275,8 +412,7 @@ def _local_attention(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     if bias is not None:
-        heads = q.shape[3]
-        check_bias(name, bias, q, (heads, *pattern.table_shape), (heads, *pattern.dense_shape))
+        _check_bias(name, bias, q.shape[3], q, pattern)
     call = Call(pattern, bias, q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
     out, lse = LOCAL_ATTENTION(q, k, v, call)
     return out.contiguous(), None if lse is None else lse.contiguous()

@@ -178,18 +178,41 @@ class Axis:
             block and its key window. All but the first are meaningless where not visible.
         """
         residue, step, key = query % self.dilation, query // self.dilation, key[..., None, :]
-        key_step = key // self.dilation
-        begin = (step - self.shift).div(self.window, rounding_mode="floor") * self.window + self.shift
-        key_begin = begin - self.before
-        if self.border == "clamp":
-            group_length = (self.length - 1 - residue) // self.dilation + 1
-            key_begin = torch.minimum(key_begin.clamp(min=0), group_length - self.key_window)
+        key_step, begin = key // self.dilation, self._block_begin(step)
+        key_begin = self._key_begin(step, residue)
         key_position = key_step - key_begin[..., None]
         visible = (key_position >= 0) & (key_position < self.key_window)
         visible = visible & (key % self.dilation == residue[..., None])
         if self.is_causal:
             visible = visible & (key_step <= step[..., None])
         return visible, key_step - step[..., None], step - begin, key_position
+
+    def keys(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The key window of every query written out, of an axis whose border is `"clamp"`.
+
+        Args:
+            query: pixels `[nq]`.
+
+        Returns:
+            The pixels `[nq, key_window]` of its keys, and whether the query sees them.
+        """
+        residue, step = query % self.dilation, query // self.dilation
+        window = torch.arange(self.key_window, device=query.device)
+        key_step = self._key_begin(step, residue)[:, None] + window
+        seen = key_step <= step[:, None] if self.is_causal else torch.ones_like(key_step, dtype=torch.bool)
+        return key_step * self.dilation + residue[:, None], seen
+
+    def _block_begin(self, step: Tensor) -> Tensor:
+        """Where the block of a query begins, in steps of its group."""
+        return (step - self.shift).div(self.window, rounding_mode="floor") * self.window + self.shift
+
+    def _key_begin(self, step: Tensor, residue: Tensor) -> Tensor:
+        """Where the key window of a query begins, in steps of its group."""
+        begin = self._block_begin(step) - self.before
+        if self.border == "clamp":
+            group_length = (self.length - 1 - residue) // self.dilation + 1
+            begin = torch.minimum(begin.clamp(min=0), group_length - self.key_window)
+        return begin
 
     def key_ranges(self) -> list[tuple[int, int]]:
         """For every query of an undilated axis, the first key that it sees and the one behind the last.

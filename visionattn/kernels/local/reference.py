@@ -1,7 +1,7 @@
 """Local attention as a formula: dense attention over all pairs, with the pattern as a mask.
 
 The specification of the other implementations: any dtype, any device, differentiable any number of times,
-memory quadratic in the number of pixels.
+memory quadratic in the number of pixels. Its two halves for neighborhoods copy the keys of every pixel.
 """
 
 from __future__ import annotations
@@ -26,6 +26,50 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
     lse = logits.flatten(-2).logsumexp(-1).permute(0, 2, 3, 1) if return_lse else None
     return torch.einsum("bhyxvu,bvuhd->byxhd", weights, v), lse
+
+
+def neighborhood_scores(q: Tensor, k: Tensor, pattern: Pattern, scale: float) -> Tensor:
+    """Compute the logits `[B, H, W, heads, keys]` of every pixel and its key window, as in `op.py`."""
+    keys, seen = _neighbours(k, pattern)
+    scores = torch.einsum("byxhd,byxnhd->byxhn", q * scale, keys)
+    return scores.masked_fill(~seen, float("-inf"))
+
+
+def neighborhood_aggregation(v: Tensor, weights: Tensor, pattern: Pattern) -> Tensor:
+    """Sum the values of every key window by the weights of their pixel, as in `op.py`."""
+    values, seen = _neighbours(v, pattern)
+    return torch.einsum("byxhn,byxnhd->byxhd", weights.masked_fill(~seen, 0), values)
+
+
+def _neighbours(maps: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Copy the key window `[B, H, W, keys, heads, d]` of every pixel, and say which keys it sees."""
+    (rows, seen_y), (columns, seen_x) = (
+        axis.keys(torch.arange(axis.length, device=maps.device)) for axis in (pattern.y, pattern.x)
+    )
+    neighbours = maps[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4)
+    return neighbours, seen_keys(seen_y, seen_x)
+
+
+def seen_keys(seen_y: Tensor, seen_x: Tensor) -> Tensor:
+    """Which keys of its window every pixel sees, `[H, W, 1, keys]`, from what both axes say."""
+    return (seen_y[:, None, :, None] & seen_x[None, :, None, :]).flatten(2)[:, :, None]
+
+
+def bias_of_neighborhoods(bias: Tensor, pattern: Pattern) -> Tensor:
+    """Write out the bias `[H, W, heads, keys]` of every pixel and its key window, from a table or a block."""
+    axes = pattern.y, pattern.x
+    pixels = [torch.arange(axis.length, device=bias.device) for axis in axes]
+    if pattern.is_table(bias):
+        # Key windows are windows of the table: which one depends on how far a border pushed the keys.
+        bias = bias.unfold(1, pattern.y.key_window, 1).unfold(2, pattern.x.key_window, 1)
+        rows, columns = (
+            axis.keys(pixel)[0][:, 0] // axis.dilation - pixel // axis.dilation + axis.reach
+            for axis, pixel in zip(axes, pixels)
+        )
+    else:
+        bias = pattern.by_axes(bias)
+        rows, columns = (pixel // axis.dilation % axis.window for axis, pixel in zip(axes, pixels))
+    return bias.permute(1, 2, 0, 3, 4)[rows][:, columns].flatten(3)
 
 
 def bias_of_pairs(bias: Tensor, pattern: Pattern, y: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,20 @@ from visionattn.layers.maps import is_known_to_be, on_nhwc
 Size = tuple[int, int]
 # So many weights for a number of the patches make a product of patches faster than a convolution.
 _WEIGHTS_PER_NUMBER = 4
+
+
+class Supervised(NamedTuple):
+    """What a network gives in training that has a second classifier to learn by.
+
+    Attributes:
+        logits: of the network.
+        auxiliary: of the second classifier, `[B, num_classes]` too.
+        weight: of its loss beside that of `logits`.
+    """
+
+    logits: Tensor
+    auxiliary: Tensor
+    weight: float
 
 
 def check_size(x: Tensor, min_size: int) -> None:

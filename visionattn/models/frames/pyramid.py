@@ -140,6 +140,7 @@ class Pyramid(nn.Module):
         extra_norms: a LayerNorm per map that can be taken, as official dense backbones have.
         min_size: smallest input side in pixels.
         reductions: side of the image / side of the map, for every stage; by default 4, 8, 16, ...
+        num_features: channels behind `norm`, where it changes them.
     """
 
     # Parameters whose names end so are not decayed, beyond timm's rule of one-dimensional ones.
@@ -158,6 +159,7 @@ class Pyramid(nn.Module):
         extra_norms: bool,
         min_size: int,
         reductions: Sequence[int] | None = None,
+        num_features: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -173,7 +175,7 @@ class Pyramid(nn.Module):
             levels = [{**levels[0], "module": f"stages.0.blocks.{i}"} for i in range(len(stages[0].blocks))]
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = self.head_hidden_size = num_features or dims[-1]
         self.min_size = min_size
         self.feature_info = levels
         self.is_isotropic = len(stages) == 1
@@ -183,7 +185,7 @@ class Pyramid(nn.Module):
         self.extra_norms = None
         if extra_norms:
             self.extra_norms = nn.ModuleList(nn.LayerNorm(x["num_chs"], eps=norm_eps, **dd) for x in levels)
-        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
 
     @staticmethod
@@ -199,6 +201,11 @@ class Pyramid(nn.Module):
     def map_of(self, x: Any) -> Tensor:
         """The map `[B, H, W, C]` in what a stage returns."""
         return x
+
+    def extra_norm(self, level: int, x: Tensor, state: Any) -> Tensor:
+        """The extra norm of the map `[B, H, W, C]` of a level, which returned `state`."""
+        assert self.extra_norms is not None
+        return self.extra_norms[level](x)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm of the last map `[B, H, W, C]`."""
@@ -274,7 +281,7 @@ class Pyramid(nn.Module):
             if i in take_indices:
                 out = self.map_of(x)
                 out = self.final_norm(out) if norm and (i == last or self.is_isotropic) else out
-                out = out if self.extra_norms is None else self.extra_norms[i](out)
+                out = out if self.extra_norms is None else self.extra_norm(i, out, x)
                 intermediates.append(out.permute(0, 3, 1, 2))
         if intermediates_only:
             return intermediates

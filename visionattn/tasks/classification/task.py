@@ -22,6 +22,7 @@ from visionattn.engine.distributed import gather_objects
 from visionattn.engine.network import create_network, evaluating
 from visionattn.engine.task import Task
 from visionattn.errors import InputError, as_input_error
+from visionattn.models.frames.common import Supervised
 from visionattn.tasks.classification.data import (
     ClassificationData,
     class_indices,
@@ -114,7 +115,7 @@ class ClassificationTask(Task):
             )
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Cross entropy of a batch, mixed and erased as configured."""
+        """Cross entropy of a batch, mixed and erased as configured; a second classifier's is added."""
         images, targets = batch
         augment, smoothing = self.config.augment, self.config.augment.label_smoothing
         images = self._normalize(images)
@@ -123,7 +124,11 @@ class ClassificationTask(Task):
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
             smoothing = 0.0  # part of the mixed targets
-        return {"loss": F.cross_entropy(self.model(images), targets, label_smoothing=smoothing)}
+        out = self.model(images)
+        if not isinstance(out, Supervised):
+            return {"loss": F.cross_entropy(out, targets, label_smoothing=smoothing)}
+        main, auxiliary = (F.cross_entropy(x, targets, label_smoothing=smoothing) for x in out[:2])
+        return {"loss": main + out.weight * auxiliary, "auxiliary": auxiliary.detach()}
 
     def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """`top1` and `top5` in percent and the mean `loss`, each held-out image counted once."""

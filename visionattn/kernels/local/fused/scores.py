@@ -18,13 +18,18 @@ def part_of_keys(keys, g):
 
 
 @triton.jit
+def origin_of(queries, at, g):
+    """Compute the place of the first key of a query's window, counted as `part_of_keys` counts."""
+    begin_y = key_window_begin(queries.y, at.y.length, g.y)
+    return begin_y * g.x.key_window + key_window_begin(queries.x, at.x.length, g.x)
+
+
+@triton.jit
 def part_of_queries(queries, at, g, FORM: tl.constexpr):
     """Compute what a query adds to the place of a pair in a bias."""
     if FORM.dense:
         row = (queries.y - block_begin(queries.y, g.y)) * g.x.window + queries.x - block_begin(queries.x, g.x)
-        begin_y = key_window_begin(queries.y, at.y.length, g.y)
-        origin = begin_y * g.bias_columns + key_window_begin(queries.x, at.x.length, g.x)
-        part = row * (g.y.key_window * g.x.key_window) - origin
+        part = row * (g.y.key_window * g.x.key_window) - origin_of(queries, at, g)
     else:
         part = (g.y.reach - queries.y) * g.bias_columns + g.x.reach - queries.x
     return part
