@@ -19,7 +19,7 @@ from typing import Literal, get_args, overload
 
 from torch import Tensor
 
-from visionattn.kernels.checks import check_bias, check_qkv, pair
+from visionattn.kernels.checks import check_bias, check_qkv, heads_first_hint, pair
 from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.local.library import LOCAL_ATTENTION
 from visionattn.kernels.local.pattern import (
@@ -256,6 +256,7 @@ def neighborhood_attention(
             raise ValueError(
                 f"{name}: kernel_size {n} with dilation {e} needs a {side} of at least {n * e}, got {size}; "
                 f"pad the map by {n * e - size} pixels or choose a smaller kernel or dilation"
+                f"{heads_first_hint(q)}"
             )
     y, x = (
         neighborhood_axis(*numbers) for numbers in zip(sides, kernel, strides, dilations, map(bool, causal))
