@@ -69,13 +69,15 @@ def make_task(name: str, pictures: Path, output: Path) -> Task:
         "train": {"batch_size": 2, "workers": 0},
         "output": str(output),
     }
-    info = getattr(families.small(name, device="meta"), "info", None)
+    net: Any = families.small(name, device="meta")
+    info = getattr(net, "info", None)
     if info is not None:
         places = {"train_gt": str(pictures / "train/a"), "eval_gt": str(pictures / "val/a")}
         steps = [] if info.upscale > 1 else [{"name": "gaussian_noise", "sigma": 25}]
         base |= {"task": "restoration", "data": {"source": "folders", **places, "degradations": steps}}
     else:
-        size = kwargs.get("img_size", 48)
+        fixed = net.pretrained_cfg["fixed_input_size"] and net.pretrained_cfg["input_size"][1]
+        size = kwargs.get("img_size", fixed or 48)
         data = {"root": str(pictures), "image_size": list(size) if isinstance(size, tuple) else size}
         base |= {
             "task": "classification",
