@@ -61,8 +61,13 @@ def inside_feature_getter(network: Any) -> tuple[Any, bool]:
     return (network.model, True) if isinstance(network, FeatureGetterNet) else (network, False)
 
 
-def save_timm_config(network: Any, path: str, arguments: dict[str, Any]) -> None:
-    """Write timm's configuration of a network as JSON (timm 1.0.27 to 1.0.31)."""
+def recorded_arguments(network: Any) -> dict[str, Any]:
+    """What `timm.create_model` got beside the name: our networks record it, and timm since 1.0.28."""
+    return {**getattr(network, "_model_args", {}), **getattr(network, "made_with", {})}
+
+
+def save_timm_config(network: Any, path: str, arguments: dict[str, Any], further: dict[str, Any]) -> None:
+    """Write timm's configuration of a network, and `further` entries, as JSON (timm 1.0.27 to 1.0.31)."""
     from timm.models._hub import save_config_for_hf
 
-    save_config_for_hf(network, path, model_args=arguments)
+    save_config_for_hf(network, path, further, arguments)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from visionattn.checkpoints import (
     save_folder,
     save_official,
 )
+from visionattn.errors import RunError
 
 # What the fixtures hold no values of: offsets and masks, which their outputs do not depend on.
 DERIVED = ("rpe_biases", "attn_mask_0", "attn_mask_1", "biases_h", "biases_v")
@@ -272,7 +275,7 @@ def test_a_network_of_other_channels_keeps_them(tmp_path: Path):
 def test_half_precision_stays(tmp_path: Path):
     net = randomised(families.small("cfsr_x2")).half()
     torch.save({"params": net.state_dict()}, tmp_path / "half.pth")
-    convert_checkpoint(tmp_path / "half.pth", tmp_path / "half.safetensors")
+    convert_checkpoint(tmp_path / "half.pth", tmp_path / "half.safetensors", arguments={"img_range": 1.0})
     assert equal(read_checkpoint(tmp_path / "half.safetensors"), net.state_dict())
 
 
@@ -301,3 +304,33 @@ def test_targets_of_unknown_kinds(target: str, official: bool, official_file: Pa
 def test_networks_of_other_libraries_have_no_layout():
     with pytest.raises(CheckpointError, match="Linear is no network of visionattn"):
         official_state_dict(nn.Linear(2, 2))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    net = families.small("hat_x2")
+    opened = Path.open
+
+    class Full:
+        """A file on a disk without room; PyTorch's writer goes through `write` as everybody does."""
+
+        def __init__(self, path: Path) -> None:
+            self.file = opened(path, "wb")
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def flush(self) -> None:
+            """Nothing was written."""
+
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", **_: Full(self) if mode == "wb" else opened(self, mode)
+    )
+    with pytest.raises(RunError, match=r"cannot write .*net.pth: no space left on device"):
+        save_official(net, tmp_path / "net.pth")
+    assert not list(tmp_path.iterdir())

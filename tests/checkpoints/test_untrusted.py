@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -388,3 +389,13 @@ def test_any_flipped_bit_loads_or_is_refused(data: bytes, tmp_path: Path):
             sentences.append(str(error))
     assert sentences
     assert not any("\n" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("hello\n", "hello"), ("weights: [1]\n", "weights: [1]"), ("<html>", "<html>")]
+)
+def test_a_text_is_shown_to_be_one(text: str, shown: str, tmp_path: Path):
+    (tmp_path / "w.pth").write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(f"(it begins with the text {shown!r})")) as caught:
+        identify(tmp_path / "w.pth")
+    assert "w.pth is " in str(caught.value)

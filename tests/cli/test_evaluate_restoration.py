@@ -158,3 +158,17 @@ def test_a_task_without_figures_of_single_samples_says_so(run_tool: Run, tmp_pat
     assert "top1" in printed
     assert "there are no figures of single samples to write" in errors
     assert not (tmp_path / "rows.csv").exists()
+
+
+def test_unknown_metrics_are_refused_before_the_evaluation(
+    run_tool: Run, folders: tuple[Path, Path], weights: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("visionattn.engine.loop.evaluate", lambda task: pytest.fail("evaluated"))
+    for text, sentence in (
+        ("psnr>=30", "there is no metric 'psnr' to require: did you mean psnr_y"),
+        ("top1>=30", "there is no metric 'top1' to require: valid are gain_over_bicubic, psnr_y and ssim_y"),
+        ("psnr_y>30", "a requirement reads METRIC>=VALUE"),
+    ):
+        status, printed, errors = run_tool("evaluate.py", *arguments(folders, weights), "--require", text)
+        assert (status, printed) == (2, "")
+        assert sentence in errors

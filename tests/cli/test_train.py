@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,32 @@ def test_help_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     listed = capsys.readouterr().out
     assert "optimizer.lr" in listed
     assert "augment.mixup" in listed
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.kwargs={depths: abc}", "model.kwargs.depths is made of numbers, as [3, 4, 6, 5], but 'abc'"),
+        ("model.kwargs={embed_dim: '16'}", "model.kwargs.embed_dim is made of numbers, as 64, but '16'"),
+        ("model.kwargs={num_heads: [0, 1, 1, 1]}", "cannot build nat_mini with model.kwargs"),
+        ("model.kwargs={embed_dim: 0}", "cannot build nat_mini with model.kwargs|has no numbers in its"),
+        ("model.kwargs={depths: [1.5, 1, 1, 1]}", "cannot build nat_mini with model.kwargs"),
+        ("model.kwargs={extra_norms: 'no'}", "model.kwargs.extra_norms is made of true and false, as false"),
+        ("model.kwargs=[1]", "model.kwargs should be a valid dictionary"),
+        ("data.root=images", "data: root would be ignored: source=digits is built in"),
+        ("data.train_split=test", "data: train_split would be ignored"),
+    ],
+)
+def test_options_that_cannot_be_meant(
+    run_tool: Callable[..., tuple[object, str, str]], override: str, sentence: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "task: classification\nmodel: {name: nat_mini}\n"
+        "data: {source: digits, image_size: 32}\nschedule: {steps: 1}\ntrain: {workers: 0}\n"
+    )
+    status, _, errors = run_tool("train.py", str(config), override, f"output={tmp_path / 'run'}")
+    assert status == 2
+    assert any(part in errors for part in sentence.split("|")), errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from visionattn.checkpoints.reading import read_metadata
 from visionattn.engine.loop import evaluate, train
+from visionattn.engine.run_folder import trained_weights
 from visionattn.engine.state import TrainingState
 from visionattn.errors import InputError, RunError
 
@@ -231,3 +233,84 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_batches(make_task
         train(make_task())
     with pytest.raises(InputError, match="an epoch had 6 updates and would now have 12"):
         train(make_task(train={"batch_size": 4}, resume="auto"))
+
+
+class Failure(Exception):
+    """What a metric meets that nobody foresaw."""
+
+
+def failing(task: Any, calls: set[int]) -> Any:
+    """The task, whose evaluations of these numbers fail."""
+    evaluate, count = task.evaluate, iter(range(100))
+
+    def judge(loader: Any) -> dict[str, float]:
+        if next(count) in calls:
+            raise Failure
+        return evaluate(loader)
+
+    task.evaluate = judge
+    return task
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_evaluation_that_fails_loses_nothing(make_task: MakeTask, call: int) -> None:
+    expected = train(make_task("whole"))
+    broken = failing(make_task("broken"), {call})
+    with pytest.raises(Failure):
+        train(broken)
+    folder = broken.config.run_folder
+    # The weights of the very step that was to be judged are there.
+    weights = load_file(folder / "checkpoints/last.safetensors")
+    torch.testing.assert_close(weights, dict(broken.model.state_dict()))
+    # Continued, the evaluation is made up for: all is as if it had not failed.
+    assert train(make_task("broken", resume="auto"))[:3] == expected[:3]
+    assert rows(folder, "eval") == rows(make_task("whole").config.run_folder, "eval")
+
+
+def valued(task: Any, values: list[float | None]) -> Any:
+    """The task, whose metric takes these values; None leaves it out."""
+    given = iter(values)
+
+    def judge(loader: Any) -> dict[str, float]:
+        value = next(given)
+        return {"count": 50.0} if value is None else {"error": value, "count": 50.0}
+
+    task.evaluate = judge
+    return task
+
+
+def test_best_is_the_best_of_the_evaluations_with_a_value(
+    make_task: MakeTask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nan = float("nan")
+    task = valued(make_task(schedule={"epochs": 5, "warmup": 0}), [nan, 3.0, None, 2.0, nan])
+    result = train(task)
+    assert result.step == 30
+    assert (result.best["value"], result.best["step"]) == (2.0, 24)
+    said = capsys.readouterr().err
+    assert [step in said for step in ("error has no value at step 6:", "at step 18:", "at step 30:")] == [
+        True
+    ] * 3
+    assert "error has no value at step 12" not in said
+    assert json.loads((task.config.run_folder / "best.json").read_text())["value"] == 2.0
+    assert train(make_task(resume="auto", schedule={"epochs": 5, "warmup": 0})).best == result.best
+
+
+def test_without_any_value_the_last_weights_are_those_to_use(make_task: MakeTask) -> None:
+    task = valued(make_task(), [float("nan"), None, None])
+    result = train(task)
+    assert (result.step, result.best) == (18, None)
+    assert trained_weights(task.config.run_folder).name == "last.safetensors"
+    assert not (task.config.run_folder / "best.json").exists()
+
+
+def test_weights_say_where_they_come_from(make_task: MakeTask) -> None:
+    task = make_task()
+    result = train(task)
+    for name, step in (("last", 18), ("best", result.best["step"])):
+        texts = read_metadata(task.config.run_folder / f"checkpoints/{name}.safetensors")
+        assert json.loads(texts["step"]) == step
+        assert texts["made_by"].startswith("visionattn ")
+        config = json.loads(texts["config"])
+        assert config["optimizer"]["lr"] == 0.01
+        assert not {"output", "resume"} & set(config)

@@ -6,12 +6,14 @@ import csv
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from visionattn.checkpoints import save_checkpoint, save_folder
 from visionattn.engine.recorder import CsvLog
-from visionattn.engine.run_folder import RunFolder, read_state, trained_weights
+from visionattn.engine.run_folder import RunFolder, find_weights, read_state, run_of, trained_weights
 from visionattn.errors import InputError
 
 
@@ -67,3 +69,41 @@ def test_table_grows_and_drops_what_a_killed_run_wrote(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     columns = [(row["step"], row["loss"], row["top1"]) for row in rows]
     assert columns == [("1", "1.0", ""), ("2", "0.5", ""), ("3", "0.25", "")]
+
+
+def test_the_evaluation_that_is_to_come_again_is_dropped_from_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    log = CsvLog(path, step=0)
+    for step in (1, 2):
+        log.append({"step": step, "split": "train", "loss": 1.0})
+        log.append({"step": step, "split": "eval", "top1": 50.0})
+    CsvLog(path, step=2, unjudged=True)
+    with path.open(newline="") as file:
+        assert [(row["step"], row["split"]) for row in csv.DictReader(file)] == [
+            ("1", "train"), ("1", "eval"), ("2", "train"),
+        ]  # fmt: skip
+
+
+def test_weights_are_found_in_files_and_folders(tmp_path: Path) -> None:
+    network = timm.create_model("test_vit", num_classes=3)
+    RunFolder(tmp_path / "run").write_weights("last", network, None, {"step": 1})
+    save_folder(network, tmp_path / "hub")
+    for source, file in (
+        ("run", "run/checkpoints/last.safetensors"),
+        ("run/checkpoints/last.safetensors", "run/checkpoints/last.safetensors"),
+        ("hub", "hub/model.safetensors"),
+    ):
+        found, texts = find_weights(tmp_path / source)
+        assert found == tmp_path / file
+        assert (texts["architecture"], texts["model_args"]) == ("test_vit", '{"num_classes": 3}')
+    with pytest.raises(InputError, match=r"there is no checkpoint .*absent.pth"):
+        find_weights(tmp_path / "absent.pth")
+
+
+def test_a_damaged_description_is_one_sentence(tmp_path: Path) -> None:
+    save_checkpoint(nn.Linear(2, 2), tmp_path / "w.safetensors", {"config": "{"})
+    with pytest.raises(InputError, match=r"cannot use .*w.safetensors: Expecting property name"):
+        run_of(tmp_path / "w.safetensors")
+    save_checkpoint(nn.Linear(2, 2), tmp_path / "w.safetensors", {"config": "[1]"})
+    with pytest.raises(InputError, match="must hold `key: value` pairs, but is a list"):
+        run_of(tmp_path / "w.safetensors")

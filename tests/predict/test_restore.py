@@ -292,3 +292,21 @@ def test_the_command_line(tmp_path: Path, run_tool):
     status, printed, _ = run_tool("restore.py", "--help")
     assert status == 0
     assert "examples:" in printed
+
+
+def test_grey_pictures_through_a_network_for_colours_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    for name, mode in (("a", "L"), ("b", "RGB"), ("c", "LA")):
+        Image.new(mode, (12, 12)).save(tmp_path / f"in/{name}.png")
+    files = sorted((tmp_path / "in").iterdir())
+    kwargs = {"embed_dim": 8, "depths": (1,), "kernel_size": 3}
+    colours = timm.create_model("cfsr_x2", **kwargs).eval()
+    assert all(isinstance(written, Path) for _, written in restore_files(colours, files, tmp_path / "out"))
+    assert capsys.readouterr().err == (
+        "note: 2 grey images went through a network for colours; the mean of its channels was kept\n"
+    )
+    grey = timm.create_model("cfsr_x2", in_chans=1, **kwargs).eval()
+    list(restore_files(grey, files, tmp_path / "out"))
+    assert capsys.readouterr().err == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +12,20 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from visionattn._compat import inside_feature_getter, save_timm_config
-from visionattn.checkpoints.identify import Identity, backbone_of, identify, layout_of
+from visionattn.checkpoints.description import describe, parse_description, prepare
+from visionattn.checkpoints.identify import (
+    Identity,
+    backbone_of,
+    check_guesses,
+    identify,
+    layout_of,
+    read_source,
+)
 from visionattn.checkpoints.loading import load_checkpoint, save_checkpoint, write_weights
-from visionattn.checkpoints.reading import CheckpointError, read_checkpoint
+from visionattn.checkpoints.reading import CheckpointError
 from visionattn.files import replacing
 
 
@@ -29,10 +36,11 @@ def convert_checkpoint(
     official: bool = False,
     name: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Identity:
     """Recognise a checkpoint and write its weights in our layout, or in that of its authors.
 
-    Numbers keep their type. Nothing half-written is left.
+    Numbers keep their type. The description of the network goes along. Nothing half-written is left.
 
     Args:
         source: a `.safetensors` or PyTorch file of the authors or of ours.
@@ -41,23 +49,28 @@ def convert_checkpoint(
         official: write the authors' names, shapes, stored indices and wrapper.
         name: the registered network, instead of what `identify` finds.
         arguments: of that network; without `name`, in place of those that were found.
+        metadata: texts in place of those of the file.
 
     Returns:
         What was written.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: a file that cannot be read safely, weights of no or of another network, or a target
-            of an unknown kind.
+        CheckpointError: a file that cannot be read safely, weights of no or of another network, of one with
+            arguments that neither it nor `arguments` tells, or a target of an unknown kind.
     """
     target = Path(target)
     kinds = (".pth", ".pt", ".safetensors") if official else (".safetensors", "")
     if target.suffix not in kinds:
         shown = " or ".join(kind or "nothing (a folder)" for kind in kinds)
         raise CheckpointError(f"{target} must end in {shown}")
-    content = read_checkpoint(source)
-    found = identify(source) if name is None else Identity(name, {}, family="")
-    identity = replace(found, arguments={**found.arguments, **(arguments or {})})
+    content, texts = read_source(source)
+    texts = metadata or texts
+    found = identify(source, texts) if name is None else Identity(name, {}, family="")
+    check_guesses(found, arguments or (), source)
+    notes = tuple(note for note in found.notes if not note.startswith("no weight tells"))
+    stated = {**found.arguments, **(arguments or {})}
+    identity = replace(found, arguments=stated, notes=notes, guessed={})
     try:
         wrapped = timm.create_model(identity.name, **identity.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -65,15 +78,16 @@ def convert_checkpoint(
         raise CheckpointError(f"cannot build {identity.name} with {identity.arguments}: {reason}") from error
     weights = backbone_of(content)
     load_checkpoint(wrapped, weights)
+    prepare(wrapped, parse_description(texts).preprocessing)
     network, _ = inside_feature_getter(wrapped)
     types = {value.dtype for value in weights.values() if value.is_floating_point()}
     network.to(types.pop()) if len(types) == 1 else None
     if official:
         save_official(network, target)
     elif target.suffix:
-        save_checkpoint(network, target, _metadata(network, identity.arguments))
+        save_checkpoint(network, target, describe(wrapped))
     else:
-        save_folder(network, target, identity.arguments)
+        save_folder(network, target)
     return identity
 
 
@@ -95,12 +109,16 @@ def save_official(network: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: a network of another library.
     """
     path, weights = Path(path), official_state_dict(network)
-    wrapper = layout_of(network).wrapper
+    wrapper, description = layout_of(network).wrapper, describe(network)
     if path.suffix == ".safetensors":
-        write_weights(weights, path)
+        write_weights(weights, path, description)
         return
-    with replacing(path) as beside:
-        torch.save(weights if wrapper is None else {wrapper: weights}, beside)
+    # Where a state dict says of which versions its modules are: the authors' code passes over the rest.
+    named: Any = OrderedDict(weights)
+    named._metadata = OrderedDict({"": {"version": 1, **description}})
+    # An open file, because torch's own writer does not say when the disk is full.
+    with replacing(path) as beside, beside.open("wb") as file:
+        torch.save(named if wrapper is None else {wrapper: named}, file)
 
 
 def save_folder(
@@ -111,7 +129,7 @@ def save_folder(
     Args:
         network: its weights and configuration are written.
         folder: where to; it must not exist, or be empty.
-        arguments: of the network beside its name, where timm did not see them when it was made.
+        arguments: of the network beside its name and those that it was made with.
 
     Raises:
         CheckpointError: a folder with something in it.
@@ -119,19 +137,11 @@ def save_folder(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is no empty folder")
+    texts = describe(network, arguments)
     with replacing(folder) as beside:
-        save_for_hf(network, str(beside), model_args=dict(arguments or {}), safe_serialization=True)
-
-
-def _metadata(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, str]:
-    """timm's configuration of a network as the texts that a safetensors file can hold."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.json"
-        save_timm_config(network, str(file), dict(arguments))
-        config = json.loads(file.read_text())
-    kept = {name: config[name] for name in _KEPT if name in config}
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in kept.items()}
-
-
-# Of timm's configuration, what says how to build the network and feed it.
-_KEPT = ("architecture", "num_classes", "model_args", "pretrained_cfg")
+        beside.mkdir()
+        further: dict[str, Any] = {"made_by": texts["made_by"]}
+        if "class_names" in texts:
+            further["label_names"] = json.loads(texts["class_names"])
+        save_timm_config(network, str(beside / "config.json"), json.loads(texts["model_args"]), further)
+        save_checkpoint(network, beside / "model.safetensors", texts)

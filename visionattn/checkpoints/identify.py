@@ -5,32 +5,32 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import shlex
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from visionattn._compat import inside_feature_getter
 from visionattn.checkpoints import loading
+from visionattn.checkpoints.description import Description, believable, parse_description, prepare
 from visionattn.checkpoints.loading import LoadReport, compare, load_checkpoint
-from visionattn.checkpoints.reading import (
-    CheckpointError,
-    few,
-    read_checkpoint,
-    read_metadata,
-    unwrap_with_path,
-)
+from visionattn.checkpoints.reading import CheckpointError, few, read_with_metadata, unwrap_with_path
 from visionattn.models.registry import variants
-from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.shapes import Guess, Shapes
 from visionattn.models.registry.variants import Entry, Layout, known_entries
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
-# Of a detector's or segmenter's weights, those of its backbone.
-_BACKBONE = "backbone."
+# Arguments of every network that say how it is used.
+_HOW = ("features_only", "out_indices")
+# An argument of every backbone that no weight tells.
+_POOLING = "global_pool"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Identity:
         official: whether the weights have the authors' names and shapes, and not ours.
         alternatives: other networks that the weights fit as well, because they differ in what is not learned.
         notes: what was assumed, and how the alternatives differ, one sentence each.
+        guessed: arguments that change the output, that neither weights nor metadata tell, and their values
+            in the published network; empty for one that is as published.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Identity:
     official: bool = True
     alternatives: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    guessed: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         arguments = "".join(f", {name}={value!r}" for name, value in self.arguments.items())
@@ -63,41 +66,75 @@ class Identity:
         return "\n".join(lines)
 
 
-def identify(source: Source) -> Identity:
+def identify(source: Source, metadata: Mapping[str, str] | None = None) -> Identity:
     """Which network a checkpoint belongs to, with the arguments that make its weights fit strictly.
 
-    Every family deduces its arguments from shapes, so that networks of other widths, depths, enlargements
-    and channels than the published ones are recognised. What no weight tells is taken from the metadata of
-    our own files, else from the nearest published network; where two of these have the same weights, the
-    file's name decides, if it can.
+    Our own files say it in their metadata. For others every family deduces its arguments from shapes, so that
+    networks of other widths, depths, enlargements and channels than the published ones are recognised. What
+    no weight tells is then taken from the nearest published network, and is in `guessed` unless the network
+    is as published; where two of these have the same weights, the file's name decides, if it can.
 
     Args:
         source: a `.safetensors` or PyTorch file of the authors or of ours, or its content.
+        metadata: texts in place of those of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: a file that cannot be read safely, or weights of a network that is not in the zoo.
     """
-    if isinstance(source, Mapping):
-        return _identify(source, None, {})
-    return _identify(read_checkpoint(source), Path(source), read_metadata(source))
+    content, texts = read_source(source)
+    return _identify(content, None if isinstance(source, Mapping) else Path(source), metadata or texts)
 
 
-def load_network(source: Source, **kwargs: Any) -> tuple[nn.Module, Identity]:
+def load_network(
+    source: Source, metadata: Mapping[str, str] | None = None, **kwargs: Any
+) -> tuple[nn.Module, Identity]:
     """The network that a checkpoint belongs to, with its weights, in evaluation mode.
+
+    It states the preprocessing and names of classes that the metadata bring.
 
     Args:
         source: as `identify` takes it.
+        metadata: texts in place of those of the file.
         kwargs: further arguments of `timm.create_model`; they win over those of the checkpoint.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: as `identify` raises it.
     """
-    identity = identify(source)
+    content, texts = read_source(source)
+    texts = metadata or texts
+    identity = _identify(content, None if isinstance(source, Mapping) else Path(source), texts)
     network = timm.create_model(identity.name, **{**identity.arguments, **kwargs})
-    load_checkpoint(network, backbone_of(source if isinstance(source, Mapping) else read_checkpoint(source)))
+    load_checkpoint(network, backbone_of(content))
+    prepare(network, parse_description(texts).preprocessing)
     return network.eval(), identity
+
+
+def read_source(source: Source) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """Content and metadata of a file, or of what was read from one."""
+    return (source, {}) if isinstance(source, Mapping) else read_with_metadata(source)
+
+
+def check_guesses(identity: Identity, given: Collection[str], where: object, prefix: str = "") -> None:
+    """Refuse a network that is a guess: its outputs may be others than those that were trained.
+
+    Args:
+        identity: of a checkpoint.
+        given: names of the arguments that the user states.
+        where: what is refused, as the user named it.
+        prefix: before the name of an argument where the user can state it.
+
+    Raises:
+        CheckpointError: arguments that change the output are guessed; the sentence says how to state them.
+    """
+    open_ones = {name: value for name, value in identity.guessed.items() if name not in given}
+    if open_ones:
+        pairs = " ".join(shlex.quote(f"{prefix}{n}={_as_argument(v)}") for n, v in open_ones.items())
+        raise CheckpointError(
+            f"{where} resembles {identity.name}, but nothing in it tells {few(tuple(open_ones))}, which "
+            f"change the output: say what it was trained with; in {identity.name} it is {pairs}"
+        )
 
 
 def backbone_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -106,9 +143,7 @@ def backbone_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: no weights are found.
     """
-    weights, _ = unwrap_with_path(content)
-    inner = {n.removeprefix(_BACKBONE): v for n, v in weights.items() if n.startswith(_BACKBONE)}
-    return inner or weights
+    return loading.backbone_of(unwrap_with_path(content)[0])
 
 
 def layout_of(network: nn.Module) -> Layout:
@@ -126,12 +161,15 @@ def layout_of(network: nn.Module) -> Layout:
 def _identify(content: Mapping[str, Any], file: Path | None, metadata: Mapping[str, str]) -> Identity:
     everything, wrapper = unwrap_with_path(content)
     weights = {name: value.to("meta") for name, value in backbone_of(content).items()}
+    stated = parse_description(metadata)
+    if (foreign := _identify_foreign(weights, stated)) is not None:
+        return replace(foreign, wrapper=wrapper)
     refused: list[tuple[int, str]] = []
     for layout in _layouts():
         if not layout.has_marks(map(layout.rename, weights)):
             continue
         try:
-            identity, report, ours = _recognise(layout, weights, file.stem if file else "", metadata)
+            identity, report, ours = _recognise(layout, weights, file.stem if file else "", stated)
         except CheckpointError as error:
             refused.append((len(str(error)), str(error)))
             continue
@@ -148,8 +186,17 @@ def _identify(content: Mapping[str, Any], file: Path | None, metadata: Mapping[s
     raise CheckpointError(f"{file or 'the checkpoint'} belongs to no network of this library: {reason}")
 
 
+def _identify_foreign(weights: Mapping[str, Tensor], stated: Description) -> Identity | None:
+    """A network of timm's own, as the metadata of our files name it; None for others."""
+    name, arguments = stated.architecture, dict(stated.arguments)
+    if name in known_entries() or not timm.is_model(name) or not _are_believable(weights, arguments):
+        return None
+    identity = Identity(name, arguments, family=name, official=False)
+    return None if _fit(identity, None, dict(weights)) else identity
+
+
 def _recognise(
-    layout: Layout, weights: Mapping[str, Tensor], file: str, metadata: Mapping[str, str]
+    layout: Layout, weights: Mapping[str, Tensor], file: str, stated: Description
 ) -> tuple[Identity, LoadReport | str, dict[str, Tensor]]:
     """The nearest network of a class, what does not fit it, and the weights in our layout.
 
@@ -160,10 +207,12 @@ def _recognise(
     shapes = Shapes(ours)
     if lacking := shapes.lacking(layout.reads):
         raise CheckpointError(f"it resembles the family {layout.family}, but {lacking}")
+    if (told := _take_at_its_word(layout, ours, stated)) is not None:
+        return told, "", ours
     arguments = layout.arguments(shapes, Shapes(weights))
     if arguments is None:
         raise CheckpointError(f"it resembles the family {layout.family}, but has shapes of none of it")
-    identity = _choose(layout, arguments, file, metadata)
+    identity = _choose(layout, arguments, file, stated)
     report = _fit(identity, layout, ours)
     if report and not arguments.get("num_classes", 1):
         # Backbones of the authors' detectors have neither a classifier nor the norm before it.
@@ -173,27 +222,57 @@ def _recognise(
     return identity, report, ours
 
 
-def _choose(layout: Layout, told: dict[str, Any], file: str, metadata: Mapping[str, str]) -> Identity:
+def _take_at_its_word(layout: Layout, ours: dict[str, Tensor], stated: Description) -> Identity | None:
+    """The network that the metadata describe, if the weights fit it; None where they do not."""
+    entry = known_entries().get(stated.architecture)
+    if entry is None or entry.layout is not layout or not _are_believable(ours, stated.arguments):
+        return None
+    known = {*entry.arguments, *_HOW}
+    arguments = {
+        name: value
+        for name, value in stated.arguments.items()
+        if name in known and (name not in entry.arguments or _plain(entry.arguments[name]) != _plain(value))
+    }
+    identity = Identity(entry.name, arguments, layout.family)
+    return None if _fit(identity, layout, ours) else identity
+
+
+def _are_believable(weights: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> bool:
+    """Whether a network of such arguments is no larger than its weights allow: it is about to be built."""
+    sides = (side for value in weights.values() for side in value.shape)
+    return believable(arguments, max(sides, default=0))
+
+
+def _choose(layout: Layout, told: dict[str, Any], file: str, stated: Description) -> Identity:
     """The nearest variant, what differs from it, and the other variants that are as near and not the same."""
-    told = {**told, **_stated(layout, metadata)}
+    guesses = {name: _plain(v.value) for name, v in told.items() if isinstance(v, Guess)}
+    # Of what the metadata say beside other weights, only what no weight could contradict.
+    words = {n: _plain(v) for n, v in stated.arguments.items() if n in layout.unlearned or n in guesses}
+    told = {name: value for name, value in told.items() if name not in guesses} | words
+    supposed = {**guesses, **told}
     differing = {
-        variant: {n: v for n, v in told.items() if _plain(variant.arguments.get(n)) != _plain(v)}
+        variant: {n: v for n, v in supposed.items() if _plain(variant.arguments.get(n)) != _plain(v)}
         for variant in _entries(layout)
     }
     nearest = min(map(len, differing.values()))
     near = [variant for variant, arguments in differing.items() if len(arguments) == nearest]
-    named, how = _named(near, file, metadata)
+    named, how = _named(near, file, stated.architecture)
     chosen = named or near[0]
-    settings = _settings(chosen, told)
-    others = {repr(other): v for v in near if (other := _settings(v, told)) != settings}
+    settings = _settings(chosen, supposed)
+    others = {repr(other): v for v in near if (other := _settings(v, supposed)) != settings}
     notes = [
-        f"{other.name} has the same weights and differs in {_difference(other, chosen, told)}"
+        f"{other.name} has the same weights and differs in {_difference(other, chosen, supposed)}"
         for other in others.values()
     ]
     if others and how == "the name of the file":
         notes.insert(0, f"{chosen.name} was chosen by {how}")
-    assumed = {n: settings[n] for n in layout.unlearned if n in settings and n not in told}
-    if differing[chosen] and assumed:
+    assumed = _guessed(layout, settings, told, guesses) if differing[chosen] else {}
+    if others and not named and not differing[chosen]:
+        told_apart = {
+            n for v in others.values() for n, value in _settings(v, told).items() if value != settings[n]
+        }
+        assumed = {name: settings[name] for name in layout.unlearned if name in told_apart}
+    if assumed and differing[chosen]:
         shown = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
         notes.append(f"no weight tells {shown}: as in {chosen.name}")
     return Identity(
@@ -202,24 +281,24 @@ def _choose(layout: Layout, told: dict[str, Any], file: str, metadata: Mapping[s
         layout.family,
         alternatives=() if how == "the metadata" else tuple(v.name for v in others.values()),
         notes=tuple(notes),
+        guessed=assumed,
     )
 
 
-def _stated(layout: Layout, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Of the arguments in the metadata, those that no weight tells: the others are not to be trusted."""
-    try:
-        arguments = json.loads(metadata.get("model_args", "{}"))
-    except ValueError as error:
-        raise CheckpointError(f"the model_args in the metadata are no JSON: {error}") from error
-    if not isinstance(arguments, dict):
-        raise CheckpointError("the model_args in the metadata are no JSON object")
-    return {name: _plain(value) for name, value in arguments.items() if name in layout.unlearned}
+def _guessed(
+    layout: Layout, settings: dict[str, Any], told: dict[str, Any], guesses: dict[str, Any]
+) -> dict[str, Any]:
+    """What neither weights nor metadata tell of a network that is not as published."""
+    open_ones = [*layout.unlearned, *guesses]
+    if "features_only" not in told and told.get("num_classes", 1):
+        open_ones.append(_POOLING)
+    return {name: settings[name] for name in open_ones if name in settings and name not in told}
 
 
-def _named(near: list[Entry], file: str, metadata: Mapping[str, str]) -> tuple[Entry | None, str]:
+def _named(near: list[Entry], file: str, architecture: str) -> tuple[Entry | None, str]:
     """The variant that the metadata or the file's name means, the longest name if several fit; and which."""
     for variant in near:
-        if variant.name == metadata.get("architecture"):
+        if variant.name == architecture:
             return variant, "the metadata"
     found = [(len(name), variant) for variant in near for name in _file_names(variant) if _word(name, file)]
     best = max(found, key=lambda pair: pair[0], default=None)
@@ -254,14 +333,22 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _fit(identity: Identity, layout: Layout, ours: dict[str, Tensor]) -> LoadReport | str:
+def _as_argument(value: Any) -> str:
+    """A value as a command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _fit(identity: Identity, layout: Layout | None, ours: dict[str, Tensor]) -> LoadReport | str:
     """Hold weights in our layout against the network: their misfits, or why there is no network."""
     try:
-        network = timm.create_model(identity.name, **identity.arguments, device="meta")
-    except (TypeError, ValueError, RuntimeError) as error:
-        return str(error).split("\n")[0]
+        # Without memory for the weights.
+        options: dict[str, Any] = {"device": "meta"} if layout else {}
+        with nullcontext() if layout else torch.device("meta"):
+            network = timm.create_model(identity.name, **identity.arguments, **options)
+    except Exception as error:  # arguments that strangers state make a network fail in any way
+        return str(error).split("\n")[0] or type(error).__name__
     network, features_only = inside_feature_getter(network)
-    return compare(network, loading.fit(layout, ours, network), features_only)
+    return compare(network, loading.fit(layout, ours, network) if layout else ours, features_only)
 
 
 @lru_cache

@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from visionattn._compat import inside_feature_getter
+from visionattn.checkpoints.description import describe
 from visionattn.checkpoints.reading import CheckpointError, few, read_checkpoint, unwrap_state_dict
 from visionattn.files import replacing
 from visionattn.models.registry.variants import Layout, layout_of
@@ -71,7 +72,7 @@ def load_checkpoint(
     """
     network, features_only = inside_feature_getter(unwrap_model(model))
     weights = unwrap_state_dict(source if isinstance(source, Mapping) else read_checkpoint(source))
-    weights = convert(weights if hasattr(network, "backbone") else _backbone_of(weights), network)
+    weights = convert(weights if hasattr(network, "backbone") else backbone_of(weights), network)
     report = compare(network, weights, features_only)
     where = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
     if report and strict:
@@ -164,15 +165,18 @@ def save_checkpoint(
 ) -> None:
     """Write a model's weights as safetensors; an existing file is replaced only by a whole one.
 
+    Beside the weights stands what `identify` and the tools need of the network (`description.py`).
+
     Args:
         model: its state dict is saved, without the wrappers of compilation or distribution.
         path: where to.
-        metadata: short texts to keep with the weights.
+        metadata: short texts to keep with the weights; they win over those of the description.
         weights: what to save in place of the state dict, for a model whose weights are sharded.
     """
     state = unwrap_model(model).state_dict() if weights is None else weights
     # Clones, because safetensors refuses tensors that share memory (tied weights).
-    write_weights({n: v.detach().cpu().contiguous().clone() for n, v in state.items()}, path, metadata)
+    cloned = {n: v.detach().cpu().contiguous().clone() for n, v in state.items()}
+    write_weights(cloned, path, {**describe(model), **(metadata or {})})
 
 
 def write_weights(
@@ -184,7 +188,7 @@ def write_weights(
         beside.write_bytes(save(dict(weights), {"format": "pt", **(metadata or {})}))
 
 
-def _backbone_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def backbone_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's part of the weights of a detector or segmenter; other weights unchanged."""
     prefix = next((prefix for prefix in _BACKBONES if any(name.startswith(prefix) for name in weights)), "")
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

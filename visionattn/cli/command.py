@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from visionattn.errors import InputError, LostProcess, RunError, as_input_error, nearest
 from visionattn.files import replacing
@@ -35,6 +36,12 @@ def add_checkpoint(parser: ArgumentParser) -> None:
     """Let `--checkpoint` choose the weights of a network or of a run folder."""
     text = "weights; default: the best of the run, or the published ones"
     parser.add_argument("--checkpoint", metavar="FILE", help=text)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Let `key=value` state arguments of a network that its weights do not tell."""
+    text = "arguments of the network, where its weights do not tell them"
+    parser.add_argument("arguments", metavar="key=value", nargs="*", help=text)
 
 
 @contextmanager
@@ -113,26 +120,48 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         beside.write_text(table.getvalue(), encoding="utf-8", newline="")
 
 
-def check_requirements(metrics: Mapping[str, float], requirements: Sequence[str]) -> None:
-    """Hold metrics against bounds such as `"top1>=97"` or `"loss<=0.5"`.
+class Requirement(NamedTuple):
+    """A bound on a metric, as `"top1>=97"` or `"loss<=0.5"` states it."""
+
+    name: str
+    relation: str
+    bound: float
+
+
+def parse_requirements(texts: Sequence[str], metrics: Collection[str] = ()) -> list[Requirement]:
+    """Read bounds before anything is evaluated.
+
+    Args:
+        texts: such as `"top1>=97"`.
+        metrics: the names that there are; empty where they are not known yet.
 
     Raises:
         InputError: a bound cannot be read, or names no metric.
+    """
+    found = []
+    for text in texts:
+        parts = re.fullmatch(r"(\w+)\s*(>=|<=)\s*([-+]?\d+\.?\d*(?:[eE][-+]?\d+)?)", text.strip())
+        if parts is None:
+            raise InputError(f"a requirement reads METRIC>=VALUE or METRIC<=VALUE, but {text!r} was given")
+        if metrics and parts[1] not in metrics:
+            raise InputError(f"there is no metric {parts[1]!r} to require: {nearest(parts[1], metrics)}")
+        found.append(Requirement(parts[1], parts[2], float(parts[3])))
+    return found
+
+
+def check_requirements(metrics: Mapping[str, float], requirements: Sequence[Requirement]) -> None:
+    """Hold metrics against bounds.
+
+    Raises:
         RunError: the metrics that do not meet their bounds, and by how much.
     """
     failed = []
-    for requirement in requirements:
-        parts = re.fullmatch(r"(\w+)\s*(>=|<=)\s*([-+]?\d+\.?\d*(?:[eE][-+]?\d+)?)", requirement.strip())
-        if parts is None:
-            raise InputError(
-                f"a requirement reads METRIC>=VALUE or METRIC<=VALUE, but {requirement!r} was given"
-            )
-        name, relation, bound = parts[1], parts[2], float(parts[3])
-        if name not in metrics:
-            raise InputError(f"there is no metric {name!r} to require: {nearest(name, metrics)}")
+    for name, relation, bound in requirements:
+        value = metrics.get(name, math.nan)
         sign = 1 if relation == ">=" else -1
-        if not sign * metrics[name] >= sign * bound:
-            failed.append(f"{name} is {metrics[name]:.6g}, required is {relation} {bound:g}")
+        if not sign * value >= sign * bound:
+            shown = "has no value" if math.isnan(value) else f"is {value:.6g}"
+            failed.append(f"{name} {shown}, required is {relation} {bound:g}")
     if failed:
         raise RunError("; ".join(failed))
 

@@ -22,7 +22,8 @@ EXAMPLE = """examples:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("source", metavar="CHECKPOINT", help="a .safetensors or PyTorch file")
+    text = "a .safetensors or PyTorch file, or the folder of a run"
+    add("source", metavar="CHECKPOINT|RUN_FOLDER", help=text)
     add("target", metavar="TARGET", nargs="?", help="a .safetensors file, or a folder; none to tell only")
     add("overrides", metavar="key=value", nargs="*", help="arguments of the network")
     text = "write the authors' names and shapes (.pth, .safetensors)"
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from visionattn.checkpoints import Identity, convert_checkpoint, identify
     from visionattn.engine.network import check_network_name
+    from visionattn.engine.run_folder import find_weights
     from visionattn.engine.yaml_io import parse_pairs
     from visionattn.errors import as_input_error
 
@@ -47,9 +49,10 @@ def _convert(arguments: argparse.Namespace) -> None:
         check_network_name(arguments.model)
     settings = parse_pairs(arguments.overrides)
     with as_input_error(f"cannot convert {arguments.source}", ValueError, OSError):
+        file, texts = find_weights(arguments.source)
         if arguments.target is None:
-            identity: Identity = identify(arguments.source)
+            identity: Identity = identify(file, texts)
         else:
             options = {"official": arguments.to_official, "name": arguments.model, "arguments": settings}
-            identity = convert_checkpoint(arguments.source, arguments.target, **options)
+            identity = convert_checkpoint(file, arguments.target, **options, metadata=texts)
     print(json.dumps(asdict(identity), indent=2) if arguments.json else identity)

@@ -6,7 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from visionattn.cli.command import add_checkpoint, check_requirements, exit_status, new_parser, write_rows
+from visionattn.cli.command import (
+    add_checkpoint,
+    check_requirements,
+    exit_status,
+    new_parser,
+    parse_requirements,
+    write_rows,
+)
 
 EXAMPLE = """examples:
   python tools/evaluate.py runs/biformer_digits
@@ -21,7 +28,8 @@ EXAMPLE = """examples:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("source", metavar="CONFIG|RUN_FOLDER|MODEL", help="a YAML file, the folder of a run, or a network")
+    text = "a YAML file, the folder of a run, a file of weights, or a network"
+    add("source", metavar="CONFIG|RUN_FOLDER|FILE|MODEL", help=text)
     add("overrides", metavar="key=value", nargs="*", help="options in place of its own")
     add_checkpoint(parser)
     add("--data", metavar="DIR", help="restoration: the true images, a folder or *.lmdb")
@@ -49,12 +57,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from visionattn.engine.loop import evaluate
     from visionattn.engine.task import NamedImages
 
+    parse_requirements(arguments.require)
     named = NamedImages(arguments.data, arguments.inputs, arguments.template, arguments.self_ensemble)
     config = tasks.load_trained_config(arguments.source, arguments.overrides, arguments.checkpoint, named)
     task = tasks.create_task(config)
+    requirements = parse_requirements(arguments.require, task.metrics)
     metrics = evaluate(task)
     if process_index() == 0:
         print("\n".join(f"{name}: {value:.6g}" for name, value in metrics.items()))
         if arguments.csv:
             write_rows(arguments.csv, task.rows)
-    check_requirements(metrics, arguments.require)
+    check_requirements(metrics, requirements)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from visionattn.cli.command import add_checkpoint, add_command, exit_status, new_parser
+from visionattn.cli.command import add_arguments, add_checkpoint, add_command, exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/explain.py lam coffee --model hat_x4 --checkpoint HAT_SRx4.pth
@@ -22,13 +22,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     lam = add_command(commands, "lam", text, EXAMPLE)
     add = lam.add_argument
     add("image", metavar="IMAGE|PHOTOGRAPH", help="a file (the input), or a built-in photograph (is reduced)")
-    add("--model", metavar="MODEL|RUN_FOLDER", required=True, help="a network, or the folder of a run")
+    add_arguments(lam)
+    text = "a network, the folder of a run, or a file of weights"
+    add("--model", metavar="MODEL|RUN_FOLDER|FILE", required=True, help=text)
     add_checkpoint(lam)
     add("--place", metavar=("ROW", "COLUMN"), type=int, nargs=2, help="in the input; default: most detail")
     add("--window", metavar="PIXELS", type=int, default=16, help="of the output (default: %(default)s)")
     add("--context", metavar="PIXELS", type=int, default=64, help="of the input (default: %(default)s)")
     add("--output", metavar="DIR", type=Path, default=Path("explained"), help="default: %(default)s")
-    parsed = parser.parse_args(arguments)
+    # Argparse looks for key=value right behind the image alone.
+    parsed, rest = parser.parse_known_args(arguments)
+    if strays := [text for text in rest if text.startswith("-") or "=" not in text]:
+        parser.error(f"unrecognized arguments: {' '.join(strays)}")
+    parsed.arguments += rest
     if parsed.window < 2 or parsed.context < 1:
         parser.error("--window must be at least 2 and --context at least 1")
     return parsed
@@ -40,11 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
+    from visionattn.engine.yaml_io import parse_pairs
     from visionattn.predict.explain import explain_image
     from visionattn.predict.files import open_restorer
 
     explained = explain_image(
-        open_restorer(arguments.model, arguments.checkpoint),
+        open_restorer(arguments.model, arguments.checkpoint, parse_pairs(arguments.arguments)),
         arguments.image,
         arguments.output,
         place=tuple(arguments.place) if arguments.place else None,

@@ -11,7 +11,7 @@ from visionattn.cli.command import exit_status, new_parser
 EXAMPLE = """examples:
   python tools/export.py HAT_SRx4.pth hat_x4.onnx --size 64 64
   python tools/export.py nat_mini.pth nat_mini.pt2 --dynamic
-  python tools/export.py runs/biformer_digits/checkpoints/best.safetensors digits.pt2 --format aoti
+  python tools/export.py runs/biformer_digits digits.pt2 --format aoti
   python tools/export.py --table docs/export.md
 """
 
@@ -19,7 +19,8 @@ EXAMPLE = """examples:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("source", metavar="CHECKPOINT", nargs="?", help="a file tools/convert.py recognises")
+    text = "a file that tools/convert.py recognises, or the folder of a run"
+    add("source", metavar="CHECKPOINT|RUN_FOLDER", nargs="?", help=text)
     add("target", metavar="FILE", nargs="?", help="an .onnx or .pt2 file")
     add("overrides", metavar="key=value", nargs="*", help="arguments of the network")
     formats = ("program", "onnx", "aoti")
@@ -44,14 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from visionattn.checkpoints import load_network
+    from visionattn.checkpoints import identify, load_network
+    from visionattn.checkpoints.identify import check_guesses
+    from visionattn.engine.run_folder import find_weights
     from visionattn.engine.yaml_io import parse_pairs
     from visionattn.errors import RunError, as_input_error
     from visionattn.integrations.export import ExportError, export_network
 
     format = arguments.format or ("onnx" if arguments.target.endswith(".onnx") else "program")
     with as_input_error(f"cannot export {arguments.source}", ValueError, OSError, TypeError):
-        network, identity = load_network(arguments.source, **parse_pairs(arguments.overrides))
+        given = parse_pairs(arguments.overrides)
+        file, texts = find_weights(arguments.source)
+        check_guesses(identify(file, texts), given, "it")
+        network, identity = load_network(file, texts, **given)
         print(identity)
         try:
             size = tuple(arguments.size) if arguments.size else None

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from visionattn.cli.command import check_requirements, exit_status, new_parser
+from visionattn.cli.command import check_requirements, exit_status, new_parser, parse_requirements
 
 EXAMPLE = """examples:
   python tools/openmmlab.py scenes data/scenes
@@ -56,8 +56,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
         print(scenes_folder(arguments.folder))
         return
-    from visionattn.integrations import openmmlab
-    from visionattn.integrations.openmmlab import runs
+    requirements = parse_requirements(getattr(arguments, "require", ()))
+    from visionattn.errors import as_input_error
+
+    with as_input_error(f"cannot {arguments.command} with OpenMMLab", ImportError):
+        from visionattn.integrations import openmmlab
+        from visionattn.integrations.openmmlab import runs
 
     if arguments.torchvision_operators:
         openmmlab.use_torchvision_operators()
@@ -67,6 +71,6 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "train":
         runs.train(config, folder, arguments.resume, launcher)
     elif arguments.command == "evaluate":
-        check_requirements(runs.evaluate(config, arguments.checkpoint, folder, launcher), arguments.require)
+        check_requirements(runs.evaluate(config, arguments.checkpoint, folder, launcher), requirements)
     else:
         runs.predict(config, arguments.checkpoint, arguments.images, folder)

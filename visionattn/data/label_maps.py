@@ -79,6 +79,10 @@ class LabelMaps(Dataset):
         """The file of image `index`."""
         return self.files[index][0]
 
+    def classes(self, index: int) -> Tensor:
+        """The classes `[H, W]` of sample `index`, without its image."""
+        return self._classes(self.files[index][1])
+
     def why_broken(self, index: int, read: bool = True) -> str | None:
         """Why sample `index` cannot be used, naming the file; None where it can.
 

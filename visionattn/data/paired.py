@@ -141,13 +141,13 @@ class PairedImages(Dataset):
                 if self.degradation is None
                 else read_depth(self._lq_files[name])
             )
-        height, width = (side // k for side in gt.shape[-2:])
-        if min(height, width) < self._min_side:
+        gt = modcrop(gt, k) if companion is None else self._cut_truth(gt, companion, source)
+        if min(gt.shape[-2:]) < self._min_side * k:
             need = self._min_side * k
             raise ImageError(
                 f"{source}: {gt.shape[1]}x{gt.shape[2]} pixels, but each side must have at least {need}"
             )
-        return companion, modcrop(gt, k) if companion is None else self._cut_truth(gt, companion, source)
+        return companion, gt
 
     def _cut_truth(self, gt: Tensor, companion: Tensor, source: ImageSource) -> Tensor:
         """The part of a truth that belongs to its input."""

@@ -26,6 +26,21 @@ class Section(pydantic.BaseModel):
         extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
     )
 
+    def refuse_changed(self, names: Sequence[str], reason: str) -> None:
+        """Refuse options that have no effect beside others, and would be passed over without a word.
+
+        Args:
+            names: of options.
+            reason: why they have none, as the end of a sentence.
+
+        Raises:
+            ValueError: one of them is not as it is by default.
+        """
+        fields = type(self).model_fields
+        changed = [name for name in names if getattr(self, name) != fields[name].get_default()]
+        if changed:
+            raise ValueError(f"{join_words(changed, 'and')} would be ignored: {reason}")
+
 
 class ModelConfig(Section):
     """The network."""
@@ -215,6 +230,41 @@ def parse_config(config: Mapping[str, Any], config_class: type[RunConfig]) -> Ru
     except pydantic.ValidationError as error:
         sentences = [_explain(e, config_class) for e in error.errors(include_url=False)]
         raise InputError("; ".join(sentences)) from error
+
+
+def check_kinds(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse values of another kind than the defaults of the same names: text for numbers, and so on.
+
+    Args:
+        where: the section of the options, for the sentence.
+        given: free options of a configuration; names without a default, or with null, pass.
+        defaults: values of the right kinds.
+
+    Raises:
+        InputError: a value whose numbers, texts or truth values are not those of the default.
+    """
+    for name, value in given.items():
+        wanted = _kinds(defaults.get(name))
+        if value is None or not wanted or _kinds(value) <= wanted:
+            continue
+        allowed = join_words(sorted(wanted), "or")
+        example = dump_value(_plain(defaults[name]))
+        raise InputError(f"{where}.{name} is made of {allowed}, as {example}, but {value!r} was given")
+
+
+def _kinds(value: Any) -> set[str]:
+    """What a value is made of, in words."""
+    if isinstance(value, (list, tuple)):
+        return set().union(*map(_kinds, value)) - {"null"}
+    if isinstance(value, Mapping):
+        return {"a mapping"}
+    # A truth value is a number too, for Python alone.
+    kinds = (bool, "true and false"), ((int, float), "numbers"), (str, "text")
+    return {next((words for kind, words in kinds if isinstance(value, kind)), "null")} - {"null"}
+
+
+def _plain(value: Any) -> Any:
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def describe_options(config_class: type[RunConfig]) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from visionattn.engine.batches import batch_count, endless_batches, seed_all
 from visionattn.engine.config import TrainConfig
 from visionattn.engine.distributed import expecting_others
+from visionattn.engine.keeper import Keeper, has_value
 from visionattn.engine.network import evaluating
 from visionattn.engine.recorder import Recorder
 from visionattn.engine.run_folder import RunFolder, read_state
@@ -73,7 +74,10 @@ def train(task: Task) -> Result:
         folder.start(config, str(accelerator.device))
     batches = endless_batches(train_loader, plan.updates_per_epoch, options.accumulate, state.step)
     stop = False
+    keeper = Keeper(task, state, folder, main)
     with StopSignals() as signals, Recorder(config, state, accelerator) as recorder:
+        if state.unjudged:  # the evaluation in which the run ended
+            _judge(task, state, eval_loader, accelerator, recorder, keeper)
         while state.step < plan.total and not stop:
             values, stop, skipped = _update(network, optimizer, batches, state, options, accelerator, signals)
             lr = optimizer.param_groups[0]["lr"]
@@ -89,17 +93,11 @@ def train(task: Task) -> Result:
             if ended or _due(state.step, options.log_every):
                 recorder.report("train", {**state.take_means(), "lr": lr})
             with recorder.paused():
-                evaluating = ended or _due(state.step, plan.eval_every)
-                if evaluating:
-                    state.metrics = evaluate_weights(state.judged, task, eval_loader, accelerator)
-                    recorder.report("eval", state.metrics)
-                    _keep_best(state, task, folder, main)
-                if evaluating or stop or _due(state.step, options.save_every):
-                    everything = state.state_dict()
-                    if main:
-                        weights = everything["ema"] or everything["model"]
-                        folder.write_weights("last", state.judged, weights, {"step": state.step})
-                        folder.write_state(everything)
+                state.unjudged = ended or _due(state.step, plan.eval_every)
+                if state.unjudged or stop or _due(state.step, options.save_every):
+                    keeper.save()  # before they are judged: an evaluation that fails loses nothing
+                if state.unjudged:
+                    _judge(task, state, eval_loader, accelerator, recorder, keeper)
 
         stopped_by = (signals.received or signal.SIGTERM) if state.step < plan.total else None
         if stopped_by is None:
@@ -126,6 +124,23 @@ def evaluate_weights(
         distribute_bn(model, accelerator.num_processes, reduce=False)  # the statistics that will be saved
     with _judging(task, model), accelerator.autocast():
         return task.evaluate(send_to_device(batch, accelerator.device, non_blocking=True) for batch in loader)
+
+
+def _judge(
+    task: Task,
+    state: TrainingState,
+    loader: Iterable[Any],
+    accelerator: Accelerator,
+    recorder: Recorder,
+    keeper: Keeper,
+) -> None:
+    """Evaluate the weights that were just saved, and keep them as the best if they are."""
+    state.metrics = evaluate_weights(state.judged, task, loader, accelerator)
+    state.unjudged = False
+    recorder.report("eval", state.metrics)
+    if not has_value(state.metrics, task.monitor):
+        recorder.say(f"{task.monitor} has no value at step {state.step}: best stays what it was")
+    keeper.keep_judged()
 
 
 @contextmanager
@@ -197,24 +212,6 @@ def _update(
 
 def _explain(values: dict[str, float]) -> str:
     return f"loss {values['loss']:g} and gradient norm {values['grad_norm']:g}"
-
-
-def _keep_best(state: TrainingState, task: Task, folder: RunFolder, main: bool) -> None:
-    """Record and save the judged weights if they are the best so far."""
-    value = state.metrics[task.monitor]
-    sign = 1 if task.higher_is_better else -1
-    if math.isnan(value) or (state.best is not None and sign * value <= sign * state.best["value"]):
-        return
-    state.best = {
-        "metric": task.monitor,
-        "value": value,
-        "step": state.step,
-        "file": "checkpoints/best.safetensors",
-    }
-    weights = whole(state.judged.state_dict())
-    if main:
-        folder.write_weights("best", state.judged, weights, state.best)
-        folder.write_json("best.json", {**state.best, "metrics": state.metrics})
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -28,16 +28,18 @@ class CsvLog:
     Args:
         path: the file.
         step: where the run stands; later rows, of a run killed after its last checkpoint, are dropped.
+        unjudged: whether the evaluation at that step is to come, again or for the first time.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, unjudged: bool = False) -> None:
         self.path = path
         self.columns = ["step", "epoch", "split"]
         rows: list[dict[str, str]] = []
         if path.exists():
             whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0]
             reader = csv.DictReader(io.StringIO(whole_lines))
-            rows = [row for row in reader if int(row["step"]) <= step]
+            last = {"train": step, "eval": step - unjudged}
+            rows = [row for row in reader if int(row["step"]) <= last.get(row["split"], step)]
             self.columns = list(reader.fieldnames or self.columns)
         self._rewrite(rows)
 
@@ -81,7 +83,7 @@ class Recorder:
         self.first = self.reported = state.step
         self.start = self.window = time.perf_counter()
         if self.active:
-            self.csv = CsvLog(self.folder / "metrics.csv", state.step)
+            self.csv = CsvLog(self.folder / "metrics.csv", state.step, state.unjudged)
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step + 1)
             self.bar = tqdm(
                 initial=state.step,

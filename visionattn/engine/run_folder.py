@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.checkpoints import save_checkpoint
+from visionattn.checkpoints.reading import as_texts, read_metadata
 from visionattn.data.pictures import write_png
 from visionattn.engine.config import RunConfig
-from visionattn.engine.yaml_io import dump_yaml
+from visionattn.engine.yaml_io import dump_yaml, read_yaml
 from visionattn.errors import InputError, as_input_error
 from visionattn.files import remove_half_written, replacing
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _STATE = "checkpoints/last.state.pt"
+_CONFIG = "config"  # under which the metadata of weights hold the configuration of their run
 _VERSIONED = ("visionattn", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
@@ -88,7 +90,7 @@ class RunFolder:
     def write_weights(
         self, which: str, model: nn.Module, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]
     ) -> Path:
-        """Write `checkpoints/{which}.safetensors`.
+        """Write `checkpoints/{which}.safetensors`, which says of itself all that is needed to use it.
 
         Args:
             which: `"best"` or `"last"`.
@@ -101,7 +103,7 @@ class RunFolder:
         """
         name = Path("checkpoints") / f"{which}.safetensors"
         with replacing(self.path / name) as beside:
-            save_checkpoint(model, beside, {key: str(value) for key, value in facts.items()}, weights)
+            save_checkpoint(model, beside, as_texts(facts), weights)
         return name
 
     def write_state(self, state: Mapping[str, Any]) -> None:
@@ -124,6 +126,66 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     with as_input_error(f"cannot read the training state {path}", Exception):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def describe_run(config: RunConfig) -> dict[str, str]:
+    """What weights keep of the run that they come from: its configuration, but for where it wrote."""
+    return as_texts({_CONFIG: config.model_dump(mode="json", exclude={"output", "resume"})})
+
+
+def run_of(weights: Path) -> dict[str, Any] | None:
+    """The configuration of the run that a file of weights comes from; None where nothing tells it.
+
+    Files of former versions do not say it themselves; in their run folder its configuration does.
+
+    Raises:
+        InputError: a damaged file.
+    """
+    with as_input_error(f"cannot use {weights}", ValueError, OSError):
+        texts = read_metadata(weights)
+        if _CONFIG in texts:
+            return _mapping(json.loads(texts[_CONFIG]), f"the configuration in {weights}")
+    beside = weights.resolve().parent.parent / "config.yaml"
+    if weights.resolve().parent.name == "checkpoints" and beside.is_file():
+        return read_yaml(beside)
+    return None
+
+
+def find_weights(source: str | Path) -> tuple[Path, dict[str, str]]:
+    """The weights that a file, the folder of a run, or a folder of timm stands for, and what describes them.
+
+    Returns:
+        The file, and its metadata; for files of former versions those that their run folder tells.
+
+    Raises:
+        InputError: there are none, or the file is damaged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        own = path / "model.safetensors"
+        path = own if own.is_file() and not (path / "config.yaml").is_file() else trained_weights(path)
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    with as_input_error(f"cannot use {path}", ValueError, OSError):
+        texts = read_metadata(path)
+    if "architecture" not in texts and (config := run_of(path)) is not None:
+        texts |= _described_by(config)
+    return path, texts
+
+
+def _described_by(config: Mapping[str, Any]) -> dict[str, str]:
+    """The description of the network of a run, as far as its configuration tells."""
+    model, data = (_mapping(config.get(name) or {}, name) for name in ("model", "data"))
+    arguments = dict(model.get("kwargs") or {})
+    if config.get("task") == "classification" and data.get("num_classes"):
+        arguments.setdefault("num_classes", data["num_classes"])
+    return as_texts({"architecture": model.get("name", ""), "model_args": arguments})
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must hold `key: value` pairs, but is a {type(value).__name__}")
+    return value
 
 
 def trained_weights(folder: Path) -> Path:

@@ -28,6 +28,7 @@ class TrainingState:
         sums: sums of the losses since the last log line.
         count: number of updates in `sums`.
         metrics: the last evaluation.
+        unjudged: whether the present weights are due to be evaluated.
         best: the best evaluation so far: `metric`, `value`, `step`, `file`.
     """
 
@@ -41,6 +42,7 @@ class TrainingState:
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    unjudged: bool = False
     best: dict[str, Any] | None = None
 
     @property
@@ -83,6 +85,7 @@ class TrainingState:
             "sums": self.sums,
             "count": self.count,
             "metrics": self.metrics,
+            "unjudged": self.unjudged,
             "best": self.best,
         }
         return whole(state)
@@ -111,3 +114,4 @@ class TrainingState:
                 self.scaler.load_state_dict(state["scaler"])
         self.step, self.sums, self.count = state["step"], state["sums"], state["count"]
         self.metrics, self.best = state["metrics"], state["best"]
+        self.unjudged = state.get("unjudged", False)  # states of former versions are always judged

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from visionattn.checkpoints.description import describe
 from visionattn.engine.config import RunConfig
 from visionattn.errors import InputError
 
@@ -48,6 +49,7 @@ class Task(nn.Module, ABC):
         adversary: a second network that is trained in the same steps, whose judgement enters the loss; it is
             saved in the training state alone. Made by `train_loader` at the latest; None where there is none.
         rows: what `evaluate` found for each sample, as far as the task keeps it.
+        metrics: names of what `evaluate` may find; empty where they are not known before.
     """
 
     config: RunConfig
@@ -55,6 +57,7 @@ class Task(nn.Module, ABC):
     monitor: str
     higher_is_better: bool = True
     rows: Sequence[Mapping[str, Any]] = ()
+    metrics: Sequence[str] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +73,10 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
-        """Metrics of `model` over a loader, gathered over all processes, identical on each of them."""
+        """Metrics of `model` over a loader, gathered over all processes, identical on each of them.
+
+        One that has no value for these samples is not a number, or is left out.
+        """
 
     @abstractmethod
     def predict(self, inputs: Any) -> Any:
@@ -98,7 +104,15 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def eval_loader(self) -> Iterable[Any]:
-        """The held-out samples, each exactly once, in order."""
+        """The held-out samples, each exactly once, in order.
+
+        Raises:
+            InputError: there are none, or such that the metric `monitor` can have no value.
+        """
+
+    def description(self) -> dict[str, str]:
+        """What is kept with the weights, so that they can be used without this configuration."""
+        return describe(self.model)
 
     def pictures(self) -> dict[str, Image]:
         """Pictures for the run folder after training, by file name without ending; none by default."""

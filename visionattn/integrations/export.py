@@ -215,7 +215,11 @@ def _compare(
 
 def _write_program(program: ExportedProgram, image: Tensor, path: Path) -> None:
     try:
-        torch.export.save(program, path)
+        # An open file, because torch's own writer does not say when the disk is full.
+        with path.open("wb") as file:
+            torch.export.save(program, file)
+    except OSError:
+        raise
     except Exception as error:  # the serializer's errors have no common class
         raise ExportError(f"torch.export cannot save the program: {_reason(error)}") from error
 

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
+_LAYOUT = "[B, H, W, heads, head_dim]"
+_TURNED = "[B, heads, H, W, head_dim] is x.permute(0, 2, 3, 1, 4) here"
+# More heads than any published network has; as many as columns, they are columns.
+_USUAL_HEADS = 32
+
+
+def check_tensor(operator: str, name: str, value: object, needed: str) -> None:
+    """Check that an argument of an operator is a tensor at all.
+
+    Raises:
+        TypeError: it is not; the message says what is `needed`.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor {needed}, got {type(value).__name__}")
 
 
 def check_maps(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
@@ -17,10 +33,9 @@ def check_maps(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
         ValueError: what does not fit, and what was given.
     """
     for letter, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, letter, t, _LAYOUT)
         if t.dim() != 5:
-            raise ValueError(
-                f"{name}: {letter} must be [B, H, W, heads, head_dim], got shape {tuple(t.shape)}"
-            )
+            raise ValueError(f"{name}: {letter} must be {_LAYOUT}, got shape {tuple(t.shape)}{_hint(t)}")
         if (t.shape[0], *t.shape[3:]) != (q.shape[0], *q.shape[3:]):
             raise ValueError(
                 f"{name}: {letter} has shape {tuple(t.shape)}, q has {tuple(q.shape)}; batch, heads and "
@@ -36,6 +51,12 @@ def check_maps(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
         raise ValueError(f"{name}: q, k and v must be of a floating-point dtype, got {q.dtype}")
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"{name}: head_dim {q.shape[-1]} is above {MAX_HEAD_DIM}")
+    if not torch.compiler.is_compiling() and q.shape[1] <= _USUAL_HEADS < q.shape[2] == q.shape[3]:
+        warnings.warn(
+            f"{name}: shape {tuple(q.shape)} means a map of {q.shape[1]}x{q.shape[2]} with {q.shape[3]} "
+            f"heads; if it is heads-first, {_TURNED}",
+            stacklevel=3,
+        )
     return q.shape[1] * q.shape[2], k.shape[1] * k.shape[2]
 
 
@@ -45,7 +66,8 @@ def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
     Raises:
         ValueError: what does not fit, and what was given.
     """
-    for letter, t in (("k", k), ("v", v)):
+    for letter, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, letter, t, _LAYOUT)
         if t.dim() == q.dim() == 5 and t.shape != q.shape:
             raise ValueError(f"{name}: {letter} has shape {tuple(t.shape)}, q has {tuple(q.shape)}")
     check_maps(name, q, k, v)
@@ -82,10 +104,11 @@ def check_bias(name: str, bias: Tensor, q: Tensor, table: tuple[int, ...], dense
     Raises:
         ValueError: what does not fit, and what was given.
     """
+    check_tensor(name, "bias", bias, f"{table} or {dense}")
     if tuple(bias.shape) not in (table, dense):
         raise ValueError(
             f"{name}: bias has shape {tuple(bias.shape)}; needed is a relative table {table} "
-            f"or a dense bias {dense}"
+            f"or a dense bias {dense}{_heads_hint(bias, q)}"
         )
     check_dense_bias(name, "bias", bias, tuple(bias.shape), q)
 
@@ -96,6 +119,7 @@ def check_dense_bias(operator: str, name: str, bias: Tensor, shape: tuple[int, .
     Raises:
         ValueError: what does not fit, and what was given.
     """
+    check_tensor(operator, name, bias, str(shape))
     if tuple(bias.shape) != shape:
         raise ValueError(f"{operator}: {name} has shape {tuple(bias.shape)}; needed is {shape}")
     if bias.device != q.device:
@@ -115,3 +139,22 @@ def pair(name: str, value: int | tuple[int, int], minimum: int = 1) -> tuple[int
     if len(both) != 2 or not all(isinstance(n, (int, torch.SymInt)) and n >= minimum for n in both):
         raise ValueError(f"{name} must be one or two integers of at least {minimum}, got {value!r}")
     return both
+
+
+def heads_first_hint(q: Tensor) -> str:
+    """How heads-first queries are turned, where a map that is too low could be one of them."""
+    return f"; if q is heads-first, {_TURNED}" if q.shape[1] < q.shape[2] == q.shape[3] else ""
+
+
+def _hint(t: Tensor) -> str:
+    """How tensors of other layouts become heads-last maps."""
+    if t.dim() == 4:
+        return "; a sequence [B, heads, N, head_dim] is x.transpose(1, 2)[:, None] here, a map of height 1"
+    return ""
+
+
+def _heads_hint(bias: Tensor, q: Tensor) -> str:
+    """That the queries may be heads-first, where the bias has as many heads as they have rows."""
+    if bias.dim() == 3 and q.shape[3] != bias.shape[0] == q.shape[1]:
+        return f"; if q is heads-first, {_TURNED}"
+    return ""

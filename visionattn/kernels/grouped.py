@@ -34,6 +34,8 @@ def grouped_heads(**axes: int) -> Callable[[Function], Function]:
 
         @wraps(function)
         def call(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not all(isinstance(x, Tensor) for x in (q, k, v)):
+                return function(q, k, v, *args, **kwargs)  # which refuses them
             if q.dim() != 5 or k.dim() != 5 or k.shape != v.shape or q.shape[3] == k.shape[3]:
                 return function(q, k, v, *args, **kwargs)
             few, many = _head_counts(function.__name__, q, k)

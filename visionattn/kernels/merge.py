@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from visionattn.kernels.checks import check_tensor
+
 
 def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The attention over all keys from attentions over disjoint parts of them.
@@ -33,8 +35,14 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         key. Differentiable in all arguments.
 
     Raises:
+        TypeError: the parts are no lists of tensors.
         ValueError: no parts, or shapes that do not fit.
     """
+    for name, parts, needed in (("outputs", outputs, "[..., d]"), ("lses", lses, "[...]")):
+        if not isinstance(parts, (list, tuple)):
+            raise TypeError(f"merge_attention: {name} must be a list of tensors, got {type(parts).__name__}")
+        for part in parts:
+            check_tensor("merge_attention", f"every one of {name}", part, needed)
     if not outputs or len(outputs) != len(lses):
         raise ValueError(
             f"merge_attention needs one lse per output and at least one, got {len(outputs)} outputs, "

@@ -333,4 +333,4 @@ VARIANTS = {
     ),
 }
 # All shared files are called "content".
-register(__name__, LAYOUT, VARIANTS, builder=build_backbone, cache_each=True)
+register(__name__, LAYOUT, VARIANTS, builder=build_backbone, name_downloads=True)

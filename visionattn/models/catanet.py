@@ -34,7 +34,7 @@ from visionattn.models.frames.restorer import (
     upscale_of,
 )
 from visionattn.models.registry.names import Names
-from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.shapes import Guess, Shapes
 from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["CATANet"]
@@ -378,8 +378,8 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     }
     if count != 8:
         # The published sizes, which repeat every four blocks.
-        out["patch_sizes"] = tuple(islice(cycle((16, 20, 24, 28)), count))
-        out["group_sizes"] = tuple(islice(cycle((256, 128, 64, 32)), count))
+        out["patch_sizes"] = Guess(tuple(islice(cycle((16, 20, 24, 28)), count)))
+        out["group_sizes"] = Guess(tuple(islice(cycle((256, 128, 64, 32)), count)))
     return out
 
 
@@ -428,4 +428,4 @@ VARIANTS = {
     "catanet_x4": Variant("CATANet x4: 0.54 M parameters.", upscale=4),
 }
 # The files are called "x2.pth" and so on.
-register(__name__, LAYOUT, VARIANTS, builder=build_restoration, cache_each=True)
+register(__name__, LAYOUT, VARIANTS, builder=build_restoration, name_downloads=True)

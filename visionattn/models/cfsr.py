@@ -366,7 +366,7 @@ LAYOUT = Layout(
     arguments=_arguments,
     to_official=_to_official,
     wrapper="params",
-    unlearned=("img_range", "task"),
+    unlearned=("img_range",),
 )
 
 

@@ -402,7 +402,7 @@ LAYOUT = Layout(
     arguments=_arguments,
     to_official=_to_official,
     wrapper="params_ema",
-    unlearned=("conv_scale", "img_range", "task"),
+    unlearned=("conv_scale", "img_range"),
 )
 
 

@@ -19,7 +19,7 @@ from visionattn.layers.linear import Linear
 from visionattn.models.frames.common import Size, StridedConv2d, build_backbone, check_fixed_size
 from visionattn.models.frames.tokens import TokenNetwork
 from visionattn.models.registry.names import Names
-from visionattn.models.registry.shapes import Shapes, classes_of, square
+from visionattn.models.registry.shapes import Guess, Shapes, classes_of, square
 from visionattn.models.registry.variants import Layout, Variant, register
 
 __all__ = ["NiNformer"]
@@ -191,7 +191,7 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
     # The squarest map of so many tokens.
     rows = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
     return {
-        "img_size": square(patch * rows, patch * tokens // rows),
+        "img_size": Guess(square(patch * rows, patch * tokens // rows)),
         "patch_size": patch,
         "in_chans": in_chans,
         "num_classes": classes_of(ours),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from visionattn.checkpoints.reading import is_checkpoint
 from visionattn.data.images import ImageError, open_image
 from visionattn.data.pictures import list_pictures, write_png
 from visionattn.engine.config import ModelConfig
-from visionattn.engine.network import check_network_name, check_weights, create_network
+from visionattn.engine.network import check_network_name, check_weights, create_network, identify_weights
+from visionattn.engine.run_folder import run_of
 from visionattn.errors import InputError, as_input_error
 from visionattn.models.frames.restorer import RestorationInfo
 from visionattn.predict.restore import name_results, restore_files
@@ -26,15 +28,17 @@ def predict_files(
     images: str | Path,
     *,
     checkpoint: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
     output: str | Path = "predictions",
     top: int = 5,
 ) -> Iterator[tuple[Path, Path | list[tuple[str, float]] | ImageError]]:
     """Use a network on an image file, or on each one in a folder, one after the other.
 
     Args:
-        source: a registered network, a run folder or a configuration file.
+        source: a registered network, a run folder, a file of weights or a configuration file.
         images: the file or folder.
         checkpoint: weights in place of the best of the run folder, or of the published ones.
+        arguments: of the network, where neither its name nor the weights tell them.
         output: folder that restored images, or images with what was found in them, are written to, as PNG.
         top: how many names per image.
 
@@ -46,7 +50,7 @@ def predict_files(
         InputError: the network, the weights or the images do not exist.
     """
     files = find_pictures(images)
-    model, show = _open(source, checkpoint)
+    model, show = _open(source, checkpoint, arguments)
     if _restores(model):
         yield from restore_files(model, files, Path(output))
         return
@@ -76,26 +80,37 @@ def find_pictures(place: str | Path) -> list[Path]:
         return list_pictures(place)
 
 
-def open_restorer(source: str, checkpoint: str | None) -> nn.Module:
-    """The restoration network of a name, run folder or configuration, on the best device, for inference.
+def open_restorer(
+    source: str, checkpoint: str | None, arguments: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The restoration network of a name, run, file or configuration, on the best device, for inference.
 
     Raises:
         InputError: it does not exist, has no weights, or is not made for restoration.
     """
-    model, _ = _open(source, checkpoint)
+    model, _ = _open(source, checkpoint, arguments)
     if not _restores(model):
         raise InputError(f"{source} does not restore images")
     return model
 
 
-def _open(source: str, checkpoint: str | None) -> tuple[nn.Module, Callable[[Image.Image], Any]]:
+def _open(
+    source: str, checkpoint: str | None, arguments: Mapping[str, Any] | None
+) -> tuple[nn.Module, Callable[[Image.Image], Any]]:
     """A network on the best device, for inference, and what shows a user its answer to an image."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
-    if Path(source).exists():
+    alone = is_checkpoint(source) and run_of(Path(source)) is None
+    if Path(source).exists() and not alone:
+        if arguments:
+            raise InputError(
+                f"{source} states the arguments of its network: {', '.join(arguments)} is too much"
+            )
         task = create_task(load_trained_config(source, checkpoint=checkpoint)).to(device).eval()
         return task.model, task.show
-    model = _open_network(source, checkpoint).to(device).eval()
+    if alone and checkpoint is not None:
+        raise InputError(f"{source} and --checkpoint {checkpoint} are both weights: give one of them")
+    model = _open_network(source, checkpoint, arguments, alone).to(device).eval()
     return model, lambda image: classify(model, [image], top=None)[0]
 
 
@@ -103,8 +118,15 @@ def _restores(model: nn.Module) -> bool:
     return isinstance(getattr(model, "info", None), RestorationInfo)
 
 
-def _open_network(name: str, checkpoint: str | None) -> nn.Module:
-    check_network_name(name)
-    check_weights(name, checkpoint)
-    with as_input_error(f"cannot get the published weights of {name}", OSError, RuntimeError):
-        return create_network(ModelConfig(name=name, checkpoint=checkpoint, pretrained=checkpoint is None))
+def _open_network(
+    source: str, checkpoint: str | None, arguments: Mapping[str, Any] | None, alone: bool
+) -> nn.Module:
+    """The network of weights that stand alone, or of a name."""
+    if alone:
+        return create_network(identify_weights(source, None, arguments))
+    check_network_name(source)
+    check_weights(source, checkpoint)
+    if checkpoint is not None:
+        return create_network(identify_weights(checkpoint, source, arguments))
+    with as_input_error(f"cannot get the published weights of {source}", OSError, RuntimeError):
+        return create_network(ModelConfig(name=source, kwargs=dict(arguments or {}), pretrained=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -55,7 +56,7 @@ def restore_files(
 
     Colours go through the network; transparency is enlarged by bicubic interpolation. Grey images stay grey,
     those of 16 bits per channel keep them in PNG, and profile and EXIF data go along; the image is turned
-    upright.
+    upright. How many grey images went through a network for colours is said on stderr.
 
     Args:
         model: a restoration network for RGB or grey images, in evaluation mode.
@@ -72,10 +73,12 @@ def restore_files(
     options = options or RestoreOptions()
     run, info = make_restorer(model, options), _image_network(model)
     suffix = f"_x{info.upscale}" if info.upscale > 1 else "_restored"
+    grey = 0
     for file, name in name_results(files, suffix):
         written = output / f"{name}{_ENDINGS[options.format]}"
         try:
             picture = read_picture(file)
+            grey += len(picture.color) < info.channels
             restored = restore_picture(run, info, picture)
             write_picture(restored, written, options.format)
             if options.side_by_side:
@@ -86,6 +89,11 @@ def restore_files(
             yield file, ImageError(f"{file}: {one_line(error)}")
         else:
             yield file, written
+    if grey:
+        note = (
+            f"note: {grey} grey images went through a network for colours; the mean of its channels was kept"
+        )
+        print(note, file=sys.stderr)
 
 
 def name_results(files: Sequence[Path], suffix: str) -> Iterator[tuple[Path, str]]:

@@ -10,8 +10,10 @@ from typing import Any
 import timm
 import torch
 
+from visionattn.checkpoints.reading import is_checkpoint
 from visionattn.engine.batches import seed_all
 from visionattn.engine.config import (
+    ModelConfig,
     RunConfig,
     describe_options,
     merge_sections,
@@ -19,8 +21,8 @@ from visionattn.engine.config import (
     parse_config,
     read_config,
 )
-from visionattn.engine.network import check_weights
-from visionattn.engine.run_folder import trained_weights
+from visionattn.engine.network import check_weights, identify_weights
+from visionattn.engine.run_folder import run_of, trained_weights
 from visionattn.engine.task import NamedImages, Task
 from visionattn.errors import InputError, nearest
 
@@ -53,7 +55,8 @@ def load_trained_config(
     """The configuration for using what was trained: as `load_config`, with the weights to be used as start.
 
     Args:
-        path: a configuration file; a run folder, whose best weights are then used; or the name of a network.
+        path: a configuration file; a run folder, whose best weights are then used; a file of weights; or the
+            name of a network.
         overrides: as in `load_config`.
         checkpoint: weights to be used in place of those, or of the published ones.
         images: to be judged in place of those of the configuration.
@@ -61,30 +64,55 @@ def load_trained_config(
     Raises:
         InputError: one sentence on what is wrong.
     """
-    by_name = not Path(path).exists() and timm.is_model(str(path))
-    if by_name:
-        config = override_config(_network_config(str(path), checkpoint), overrides)
+    weights = checkpoint
+    if is_checkpoint(path):
+        if checkpoint is not None:
+            raise InputError(f"{path} and --checkpoint {checkpoint} are both weights: give one of them")
+        config, weights = _weights_config(Path(path), overrides), path
+    elif not Path(path).exists() and timm.is_model(str(path)):
+        config, weights = override_config(_network_config(str(path), checkpoint, overrides), overrides), None
     else:
         config = read_config(path, overrides)
+        if checkpoint is None and Path(path).is_dir():
+            weights = trained_weights(Path(path))
     if images is not None and any(images):
         named = _load(config, _TASK_CLASS).judge_named(images)
         config = override_config(merge_sections(config, named), overrides)
     parsed = parse_config(config, config_class(config))
-    if checkpoint is None and Path(path).is_dir():
-        checkpoint = trained_weights(Path(path))
-    if checkpoint is None or by_name:
+    if weights is None:
         return parsed
-    model = parsed.model.model_copy(update={"checkpoint": str(checkpoint), "pretrained": False})
+    model = parsed.model.model_copy(update={"checkpoint": str(weights), "pretrained": False})
     return parsed.model_copy(update={"model": model})
 
 
-def _network_config(name: str, checkpoint: str | Path | None) -> dict[str, Any]:
+def _weights_config(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration of the run that weights come from; of others, one in which they are judged."""
+    if (config := run_of(file)) is not None:
+        return override_config(config, overrides)
+    stated = _stated_kwargs(overrides)
+    return override_config(_sole_config(identify_weights(file, None, stated, "model.kwargs.")), overrides)
+
+
+def _network_config(name: str, checkpoint: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration in which a registered network is judged by itself."""
-    with torch.device("meta"):
-        task = "restoration" if hasattr(timm.create_model(name), "info") else "classification"
     check_weights(name, checkpoint)
-    model = {"name": name, "checkpoint": checkpoint and str(checkpoint), "pretrained": checkpoint is None}
-    return {"task": task, "model": model, "schedule": {"steps": 1}}
+    if checkpoint is None:
+        return _sole_config(ModelConfig(name=name, pretrained=True))
+    return _sole_config(identify_weights(checkpoint, name, _stated_kwargs(overrides)))
+
+
+def _sole_config(model: ModelConfig) -> dict[str, Any]:
+    with torch.device("meta"):
+        restores = hasattr(timm.create_model(model.name), "info")
+    task = "restoration" if restores else "classification"
+    return {"task": task, "model": model.model_dump(mode="json"), "schedule": {"steps": 1}}
+
+
+def _stated_kwargs(overrides: Sequence[str]) -> dict[str, Any]:
+    """The arguments of the network that a user states among overrides."""
+    model = override_config({}, overrides).get("model")
+    kwargs = model.get("kwargs") if isinstance(model, dict) else None
+    return dict(kwargs) if isinstance(kwargs, dict) else {}
 
 
 def config_class(config: Mapping[str, Any]) -> type[RunConfig]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from visionattn.data.digits import Digits
 from visionattn.engine.config import parse_config
-from visionattn.errors import InputError
+from visionattn.errors import InputError, RunError
 from visionattn.models.frames.common import Supervised
 from visionattn.tasks import create_task
 from visionattn.tasks.classification.task import ClassificationConfig, ClassificationTask, classify
@@ -242,3 +242,39 @@ def test_a_class_may_be_absent_from_the_held_out_images(folder: Path) -> None:
         path.unlink()
     task = make_task(data={"source": "folder", "root": str(folder)}, train={"batch_size": 4, "workers": 0})
     assert {int(t) for _, targets in task.eval_loader() for t in targets} == {1}
+
+
+def test_a_stream_without_images_has_no_value() -> None:
+    task = make_task()
+    found = task.evaluate([])
+    assert set(found) == set(task.metrics)
+    assert all(value != value for value in found.values())
+
+
+def test_a_held_out_class_beyond_the_networks_is_one_sentence() -> None:
+    task = make_task()
+    batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([3, 10])
+    with pytest.raises(RunError, match="held-out images have classes 3 to 10, but there are 10"):
+        task.evaluate([batch])
+
+
+def test_a_network_states_what_its_run_made_of_its_images() -> None:
+    task = make_task(data={"mean": [0.4, 0.5, 0.6], "crop_pct": 0.9})
+    cfg: Any = task.model.pretrained_cfg
+    assert cfg["input_size"] == (3, 32, 32)
+    assert (cfg["mean"], cfg["crop_pct"]) == ((0.4, 0.5, 0.6), 0.9)
+    assert cfg["label_names"] == list("0123456789")
+    (answer,) = classify(task.model, [Image.new("RGB", (40, 40))], top=None)
+    assert {name for name, _ in answer} == set("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("cfsr_x2", {"embed_dim": 8, "depths": (1,), "num_classes": 10}),
+        ("test_vit", {"img_size": 32, "features_only": True}),
+    ],
+)
+def test_networks_that_do_not_classify_are_refused(name: str, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{name} does not classify: it gives|cannot build {name}"):
+        make_task(model={"name": name, "kwargs": kwargs})

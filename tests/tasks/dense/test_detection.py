@@ -293,3 +293,68 @@ def test_wrong_input_is_one_sentence(
     with pytest.raises(InputError, match=sentence) as caught:
         loop.train(make(**sections))
     assert "\n" not in str(caught.value)
+
+
+def without_objects(content: dict[str, Any]) -> None:
+    content["annotations"].clear()
+
+
+def crowds_alone(content: dict[str, Any]) -> None:
+    for entry in content["annotations"]:
+        entry["iscrowd"] = 1
+
+
+def crowd_without_mask(content: dict[str, Any]) -> None:
+    content["annotations"][0] |= {"iscrowd": 1, "segmentation": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (without_objects, "the 3 held-out images have no objects to be judged by: there are none"),
+        (crowds_alone, r"no objects to be judged by: all \d+ are crowds, which do not count"),
+        (crowd_without_mask, "the held-out annotations cannot be judged|its mask|it has no mask"),
+    ],
+)
+def test_held_out_data_that_cannot_be_judged_is_refused_before_training(
+    make: Callable[..., DetectionTask],
+    root: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    sentence: str,
+) -> None:
+    content = json.loads((root / "annotations/instances_validation.json").read_text())
+    change(content)
+    (tmp_path / "changed.json").write_text(json.dumps(content))
+    data = {
+        "source": "coco",
+        "root": str(root),
+        "scenes": {},
+        "train_images": "images/train",
+        "train_annotations": "annotations/instances_train.json",
+        "eval_images": "images/validation",
+        "eval_annotations": str(tmp_path / "changed.json"),
+    }
+    task = make(data=data)
+    with pytest.raises(InputError, match=sentence):
+        loop.train(task)
+    assert not task.config.run_folder.exists()
+
+
+def test_metrics_that_may_be_required_are_known_before(make: Callable[..., DetectionTask]) -> None:
+    task = make()
+    found = loop.evaluate(task)
+    assert set(found) <= set(task.metrics)
+    assert {"box_map", "mask_map50", "box_map_small"} <= set(task.metrics)
+
+
+def test_places_that_the_built_in_scenes_would_ignore_are_refused(make: Callable[..., DetectionTask]) -> None:
+    with pytest.raises(InputError, match="data: train_images would be ignored: source=scenes is built in"):
+        make(data={"train_images": "a"})
+
+
+def test_detectors_take_no_arguments_of_another_kind(make: Callable[..., DetectionTask]) -> None:
+    with pytest.raises(
+        InputError, match=r"detector.kwargs.rpn_nms_thresh is made of numbers, as 0.7, but 'x'"
+    ):
+        make(detector={**DETECTOR, "kwargs": {"rpn_nms_thresh": "x"}})

@@ -291,3 +291,30 @@ def test_wrong_input_is_one_sentence(
     with pytest.raises(InputError, match=sentence) as caught:
         loop.train(make(**sections))
     assert "\n" not in str(caught.value)
+
+
+def test_held_out_class_maps_without_a_class_are_refused_before_training(
+    make: Callable[..., SegmentationTask], root: Path, tmp_path: Path
+) -> None:
+    for file in (root / "annotations/validation").iterdir():
+        unknown = np.full_like(np.array(Image.open(file)), 255)
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        Image.fromarray(unknown).save(tmp_path / "labels" / file.name)
+    data = {
+        "source": "folders",
+        "root": str(root),
+        "scenes": {},
+        "class_names": list(CLASS_NAMES),
+        "train_labels": "annotations/train",
+        "train_images": "images/train",
+        "eval_images": "images/validation",
+        "eval_labels": str(tmp_path / "labels"),
+    }
+    task = make(data=data)
+    with pytest.raises(InputError, match="no pixel of the 3 held-out class maps has a class"):
+        loop.train(task)
+    assert not task.config.run_folder.exists()
+    # Where nothing is held against anything, there is no value.
+    nothing = task.eval().evaluate([([torch.zeros(3, 64, 64).byte()], [torch.full((64, 64), 255)])])
+    assert set(nothing) == set(task.metrics)
+    assert np.isnan(nothing["aacc"])

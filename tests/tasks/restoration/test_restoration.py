@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 
 import visionattn  # noqa: F401  (registers the networks)
 from visionattn import tasks
+from visionattn.data.files import list_by_stem
 from visionattn.data.images import to_pil
+from visionattn.data.paired import PairedImages
 from visionattn.engine import loop
 from visionattn.engine.config import parse_config
 from visionattn.errors import InputError
@@ -196,3 +199,83 @@ def test_restore_refuses_what_cannot_work():
         restore(timm.create_model("hat_s_x2", **TINY, in_chans=1), Image.new("L", (9, 9)))
     with pytest.raises(ValueError, match="3x4 pixels are too small: 5 per side"):
         restore(RestorationTask(config()).model.eval(), Image.new("RGB", (4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "side", "needed"),
+    [
+        # 11 pixels of SSIM's window and the border on both sides, in whole pixels of the input.
+        ({"name": "cfsr_x2", "kwargs": {"embed_dim": 8, "depths": [1]}}, {}, 15, 16),
+        ({"name": "cfsr_x4", "kwargs": {"embed_dim": 8, "depths": [1]}}, {}, 19, 20),
+        (
+            {"name": "cfsr_x2", "kwargs": {"embed_dim": 8, "depths": [1], "upscale": 1}},
+            {"degradations": [{"name": "gaussian_noise", "sigma": 9}]},
+            10,
+            11,
+        ),
+        # Two blocks of JPEG.
+        (
+            {"name": "cfsr_x2", "kwargs": {"embed_dim": 8, "depths": [1], "upscale": 1}},
+            {"degradations": [{"name": "jpeg", "quality": 9}]},
+            15,
+            16,
+        ),
+    ],
+)
+def test_truths_smaller_than_a_window_are_refused_before_training(
+    model: dict[str, Any], data: dict[str, Any], side: int, needed: int, tmp_path: Path
+):
+    train = folder_of_images(tmp_path / "train", {"a": (48, 60), "b": (64, 64)})
+    held_out = folder_of_images(tmp_path / "eval", {"a": (needed, needed), "b": (side, 40)})
+    places = {"source": "folders", "train_gt": [str(train)], "eval_gt": [str(held_out)], "patch_size": 8}
+    made = config(model=model, data={**places, **data}, output=str(tmp_path / "run"))
+    task = tasks.create_task(made)
+    with pytest.raises(InputError, match=rf"b.png: .* but each side must have at least {needed}$"):
+        loop.train(task)
+    assert not (tmp_path / "run").exists()
+    # What is just large enough is judged.
+    (held_out / "b.png").unlink()
+    found = loop.evaluate(tasks.create_task(made))
+    assert set(found) == set(task.metrics)
+    assert all(value == value for value in found.values())
+
+
+def test_a_truth_that_its_input_makes_too_small_is_refused(tmp_path: Path):
+    truths = folder_of_images(tmp_path / "gt", {"a": (32, 32), "b": (24, 24)})
+    inputs = folder_of_images(tmp_path / "lq", {"a": (16, 16), "b": (7, 7)})
+    places = {"source": "folders", "eval_gt": [str(truths)], "eval_lq": [str(inputs)]}
+    model = {"name": "cfsr_x2", "kwargs": {"embed_dim": 8, "depths": [1]}}
+    task = tasks.create_task(config(model=model, data=places))
+    with pytest.raises(InputError, match=r"b.png: 14x14 pixels, but each side must have at least 16"):
+        loop.evaluate(task)
+
+
+def test_cubes_smaller_than_a_window_are_refused(tmp_path: Path):
+    for place, side in (("gt", 6), ("lq", 6)):
+        (tmp_path / place).mkdir()
+        np.save(tmp_path / place / "a.npy", np.random.default_rng(0).random((side, 9, 4)).astype(np.float32))
+    places = {"source": "folders", "eval_gt": [str(tmp_path / "gt")], "eval_lq": [str(tmp_path / "lq")]}
+    model = {"name": "hsdt_s", "kwargs": {"embed_dim": 4, "in_chans": 4, "depth": 3, "downsample": [1]}}
+    with pytest.raises(InputError, match="6x9 pixels, but each side must have at least 7"):
+        loop.evaluate(tasks.create_task(config(model=model, data=places)))
+
+
+def test_a_metric_without_a_value_is_said_and_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    held_out = folder_of_images(tmp_path / "eval", {"a": (40, 40), "b": (12, 40)})
+    # Nothing is looked at before.
+    places = {"source": "folders", "eval_gt": [str(held_out)], "check_images": 0}
+    model = {"name": "cfsr_x2", "kwargs": {"embed_dim": 8, "depths": [1]}}
+    task = tasks.create_task(config(model=model, data=places))
+    task.__dict__["_held_out"] = PairedImages(dict(list_by_stem(held_out)), 2)
+    found = loop.evaluate(task)
+    of_a = task.rows[0]
+    assert found["ssim_y"] == of_a["ssim_y"]
+    assert found["psnr_y"] == pytest.approx((of_a["psnr_y"] + task.rows[1]["psnr_y"]) / 2)
+    assert "ssim_y has no value for b, of 2 images" in capsys.readouterr().err
+
+
+def test_places_that_the_built_in_photographs_would_ignore_are_refused():
+    with pytest.raises(InputError, match="data: eval_gt would be ignored: source=photographs is built in"):
+        config(data={"eval_gt": ["a"]})

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from visionattn.kernels.checks import check_dense_bias, check_qkv
+from visionattn.kernels.checks import check_dense_bias, check_qkv, check_tensor
 from visionattn.kernels.dense.library import DENSE_ATTENTION
 from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.linear.library import LINEAR_ATTENTION
@@ -109,6 +109,7 @@ def agent_attention(
     """
     height, width = check_qkv("agent_attention", q, k, v)
     batch, _, _, heads, head_dim = q.shape
+    check_tensor("agent_attention", "agents", agents, "[B, rows, columns, heads, head_dim]")
     if agents.dim() != 5 or (agents.shape[0], *agents.shape[3:]) != (batch, heads, head_dim):
         raise ValueError(
             f"agent_attention: agents must be [{batch}, rows, columns, {heads}, {head_dim}], "

@@ -23,7 +23,7 @@ from typing import Literal, get_args, overload
 
 from torch import Tensor
 
-from visionattn.kernels.checks import check_bias, check_qkv, check_weights, pair
+from visionattn.kernels.checks import check_bias, check_qkv, check_weights, heads_first_hint, pair
 from visionattn.kernels.grouped import grouped_heads
 from visionattn.kernels.local.library import (
     LOCAL_ATTENTION,
@@ -390,6 +390,7 @@ def _neighborhood(
             raise ValueError(
                 f"{name}: kernel_size {n} with dilation {e} needs a {side} of at least {n * e}, got {size}; "
                 f"pad the map by {n * e - size} pixels or choose a smaller kernel or dilation"
+                f"{heads_first_hint(q)}"
             )
     y, x = (
         neighborhood_axis(*numbers) for numbers in zip(sides, kernel, strides, dilations, map(bool, causal))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from visionattn.kernels.checks import check_tensor
 from visionattn.kernels.operator import leaf
 from visionattn.kernels.product.library import PRODUCT
 
@@ -26,6 +27,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
 
     Raises:
         ValueError: `use_backend("cpu")` where oneDNN cannot be used, with the reason.
+        TypeError: x or weight is no tensor.
         RuntimeError: PyTorch's own, for shapes that do not fit.
     """
+    check_tensor("product", "x", x, "[..., in]")
+    check_tensor("product", "weight", weight, "[out, in]")
     return PRODUCT(x, weight, bias, gelu)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionattn.kernels.checks import check_bias, check_dense_bias
+from visionattn.kernels.checks import check_bias, check_dense_bias, check_tensor
 
 
 def num_regions(x: Tensor, region: Sequence[int]) -> int:
@@ -17,6 +17,7 @@ def num_regions(x: Tensor, region: Sequence[int]) -> int:
 
 def check_pair_bias(name: str, bias: Tensor, q: Tensor, k: Tensor) -> None:
     """Check a bias of pairs of pixels; a relative one only where keys and queries are of one map."""
+    check_tensor(name, "bias", bias, "[heads, ...]")
     height, width, heads = q.shape[1:4]
     table = (heads, 2 * height - 1, 2 * width - 1)
     dense = (heads, height * width, k.shape[1] * k.shape[2])
@@ -36,6 +37,7 @@ def checked_lists(
 ) -> Tensor:
     """The lists of every image, without repetitions; `what` the caller calls them."""
     batch, _, _, heads, _ = q.shape
+    check_tensor(name, what, indices, "[B, 1 or heads, rows, n]")
     if indices.dim() != 4 or indices.shape[0] not in (1, batch) or indices.shape[1] not in (1, heads):
         raise ValueError(
             f"{name}: {what} must be [{batch} or 1, 1 or {heads}, rows, n], got {tuple(indices.shape)}"
@@ -65,6 +67,7 @@ def checked_counts(
     name: str, counts: Tensor, q: Tensor, regions: int, pixels: int, distinct: bool = False
 ) -> Tensor:
     """The counts of every image."""
+    check_tensor(name, "counts", counts, "[B, 1 or heads, regions]")
     batch, _, _, heads, _ = q.shape
     shape = tuple(counts.shape)
     if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2] != regions:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.checks import pair
+from visionattn.kernels.checks import check_tensor, pair
 from visionattn.kernels.precision import at_least_float32
 
 
@@ -88,6 +88,8 @@ def check_maps(name: str, q: Tensor, k: Tensor, region_size: int | tuple[int, in
     Raises:
         ValueError: shapes differ, the maps are empty or of integers, or region_size is not positive.
     """
+    for letter, t in (("q", q), ("k", k)):
+        check_tensor(name, letter, t, "[B, H, W, heads, head_dim]")
     if q.dim() != 5 or q.shape != k.shape:
         raise ValueError(
             f"{name}: q and k must be [B, H, W, heads, head_dim] of one shape, got "

@@ -163,7 +163,7 @@ def layout(guest: Guest) -> Layout:
         arguments=lambda ours, official: _arguments(ours, guest),
         to_official=_to_official,
         wrapper="model",
-        unlearned=(*guest.untold, "stripe"),
+        unlearned=(*guest.unlearned, "stripe"),
     )
 
 

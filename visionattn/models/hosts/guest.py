@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from visionattn.models.frames.common import Block, Size, build_backbone
 from visionattn.models.frames.tokens import TokenNetwork
-from visionattn.models.registry.shapes import Shapes, classes_of, square
+from visionattn.models.registry.shapes import Guess, Shapes, classes_of, square
 from visionattn.models.registry.variants import Layout, Variant, register
 
 Shape = tuple[int, ...]
@@ -61,11 +61,6 @@ class Guest:
     read_options: Callable[[Sequence[Shape | None]], dict[str, Any]] = _no_options
     unlearned: tuple[str, ...] = ()
 
-    @property
-    def untold(self) -> tuple[str, ...]:
-        """Arguments of a hierarchical host that no weight of the guest tells."""
-        return self.unlearned if self.axes else (*self.unlearned, "img_size")
-
     def with_options(self, **options: Any) -> Guest:
         """The guest with its options bound."""
         return replace(self, attention=partial(self.attention, **options)) if options else self
@@ -103,7 +98,7 @@ class Guest:
 def pyramid_arguments(ours: Shapes, guest: Guest) -> dict[str, Any] | None:
     """The arguments of a hierarchical host that its weights tell, whichever host it is."""
     depths = ours.lengths("stages", "blocks")
-    global_blocks, num_heads = [], []
+    global_blocks, num_heads, guessed = [], [], False
     firsts = [guest.mark_of(ours, f"stages.{i}.blocks.0") for i in range(len(depths))]
     for i, depth in enumerate(depths):
         marks = [m for j in range(depth) if (m := guest.mark_of(ours, f"stages.{i}.blocks.{j}"))]
@@ -111,13 +106,14 @@ def pyramid_arguments(ours: Shapes, guest: Guest) -> dict[str, Any] | None:
         if not (marks or table or num_heads):
             return None
         global_blocks.append(len(marks))
-        # Stripes do not tell their heads, which double from stage to stage.
+        # Stripes do not tell their heads, which double from stage to stage in the published networks.
+        guessed |= not (marks or table)
         num_heads.append(guest.heads(marks[0]) if marks else table[0] if table else 2 * num_heads[-1])
     out: dict[str, Any] = {
         "in_chans": ours["stem.proj.weight"][1],
         "num_classes": classes_of(ours),
         "depths": depths,
-        "num_heads": tuple(num_heads),
+        "num_heads": Guess(tuple(num_heads)) if guessed else tuple(num_heads),
         "global_blocks": tuple(global_blocks),
         "extra_norms": "extra_norms.0.weight" in ours,
         **guest.read_options(firsts),
@@ -145,8 +141,8 @@ def register_guest(
         builder=build_backbone,
         options=guest.options,
         prepare=lambda **options: {"guest": guest.with_options(**options)},
-        # All shared files have the same name.
-        cache_each=True,
+        # The addresses of shared files end in no name.
+        name_downloads=True,
     )
 
 

@@ -104,7 +104,7 @@ def layout(guest: Guest) -> Layout:
         arguments=lambda ours, official: _arguments(ours, guest),
         to_official=_to_official,
         wrapper="model",
-        unlearned=guest.untold,
+        unlearned=guest.unlearned,
     )
 
 

@@ -105,7 +105,7 @@ def layout(guest: Guest) -> Layout:
         arguments=lambda ours, official: _arguments(ours, guest),
         to_official=_to_official,
         wrapper="model",
-        unlearned=(*guest.untold, "window_size", "always_shift"),
+        unlearned=(*guest.unlearned, "window_size", "always_shift"),
     )
 
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Guess(NamedTuple):
+    """The value of an argument that weights leave open, beside those that they tell."""
+
+    value: Any
 
 
 class Shapes:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import FeatureListNet, build_model_with_cfg, register_model
+from timm.models import FeatureListNet, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visionattn.models.registry.shapes import Shapes
@@ -20,6 +24,8 @@ from visionattn.models.registry.unwrap import unwrap
 Weights = Mapping[str, Tensor]
 # Arguments of classes that are no choice of somebody who describes a network.
 _NO_CHOICES = ("device", "dtype", "kwargs", "drop_path_rate", "drop_rate")
+# Arguments that every network takes beside those that describe it.
+_CHOICES = ("drop_path_rate", "drop_rate", "features_only", "out_indices")
 
 
 def _same(value: Any, *_: Any) -> Any:
@@ -43,7 +49,7 @@ class Layout:
         reads: our parameters that `arguments` takes for granted, and their numbers of dimensions; `#` stands
             for every number. It is asked about weights that have all of them.
         arguments: the network's arguments that the weights tell, from the shapes in our layout and those in
-            the file's own; None where they are no such network after all.
+            the file's own; None where they are no such network after all. What they leave open is a `Guess`.
         to_official: our weights and their network to the authors' state dict, with the buffers that their
             code stores.
         wrapper: under which key the authors' files hold the weights; None for a bare state dict.
@@ -118,7 +124,7 @@ def register(
     builder: Callable[..., Any] = build_model_with_cfg,
     options: Mapping[str, Any] | None = None,
     prepare: Callable[..., dict[str, Any]] = dict,
-    cache_each: bool = False,
+    name_downloads: bool = False,
 ) -> None:
     """Make and register a function for every variant, as if it stood in the module under the variant's name.
 
@@ -132,20 +138,26 @@ def register(
         builder: called as timm's `build_model_with_cfg`.
         options: arguments that variants have beside those of the class, with their defaults.
         prepare: what these arguments are to the class: called with all of them, gives arguments of the class.
-        cache_each: whether downloads of every variant have a folder of their own, because all files have the
-            same name.
+        name_downloads: whether downloads are called as the variant, because the addresses do not end in the
+            name of a file, or all in the same.
     """
     options = dict(options or {})
     defaults = {**_defaults(layout.model_cls), **options}
 
     def entrypoint(name: str, row: Variant) -> Callable[..., Any]:
         def make(pretrained: bool = False, **kwargs: Any) -> Any:
+            given = {key: value for key, value in kwargs.items() if key in {*defaults, *_CHOICES}}
             kwargs = {**options, **row.arguments, **kwargs}
             kwargs |= prepare(**{option: kwargs.pop(option) for option in options})
-            if cache_each and not kwargs.get("cache_dir"):
-                kwargs["cache_dir"] = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+            if pretrained and name_downloads:
+                kwargs["pretrained_cfg_overlay"] = _download(name, **kwargs)
             convert = layout.checkpoint_filter_fn
-            return builder(layout.model_cls, name, pretrained, pretrained_filter_fn=convert, **kwargs)
+            # Beside their weights the authors' files hold the options of their training.
+            allowed = torch.serialization.safe_globals([argparse.Namespace])
+            with allowed if pretrained else nullcontext():
+                made = builder(layout.model_cls, name, pretrained, pretrained_filter_fn=convert, **kwargs)
+            _record(made, given)
+            return made
 
         make.__name__ = make.__qualname__ = name
         make.__module__ = module
@@ -174,6 +186,37 @@ def adopt(layout: Layout, variants: Mapping[str, Mapping[str, Any]]) -> None:
 def known_entries() -> dict[str, Entry]:
     """All networks whose weights are known."""
     return {**ENTRIES, **ADOPTED}
+
+
+def _record(network: Any, given: Mapping[str, Any]) -> None:
+    """Keep with a network what it was made with, for those who save it, and the size that it was made for."""
+    network.made_with = dict(given)
+    size = given.get("img_size")
+    if size is not None and isinstance(getattr(network, "pretrained_cfg", None), dict):
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        channels = network.pretrained_cfg["input_size"][0]
+        network.pretrained_cfg |= {"input_size": (channels, *sides), "pool_size": None}
+
+
+def _download(
+    name: str,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """Fetch the published weights of a variant once; the overlay of its configuration that names the file."""
+    overlay = dict(pretrained_cfg_overlay or {})
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
+    if cfg.file or cfg.state_dict or cfg.hf_hub_id or not isinstance(cfg.url, str) or not cfg.url:
+        return overlay
+    folder = Path(cache_dir or os.path.join(torch.hub.get_dir(), "checkpoints"))
+    # The address is part of the name, so that no file is taken for that of another address.
+    file = folder / f"{name}.{hashlib.sha256(cfg.url.encode()).hexdigest()[:8]}.pth"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(cfg.url, str(file))
+    return {**overlay, "file": str(file)}
 
 
 def layout_of(network: nn.Module) -> Layout | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, PositiveFloat, model_validator
 from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
@@ -45,7 +45,7 @@ class ClassificationData(Section):
     mean: tuple[float, ...] | None = Field(
         default=None, description="of [0, 1] pixels; null: the network's own"
     )
-    std: tuple[float, ...] | None = Field(
+    std: tuple[PositiveFloat, ...] | None = Field(
         default=None, description="of [0, 1] pixels; null: the network's own"
     )
     interpolation: str | None = Field(default=None, description="of resizing; null: the network's own")
@@ -61,6 +61,13 @@ class ClassificationData(Section):
     check_images: int = Field(
         default=10_000, ge=0, description="files per split that are read for this, evenly chosen from more"
     )
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> ClassificationData:
+        if self.source == "digits":
+            names = ("root", "train_split", "eval_split", "kwargs")
+            self.refuse_changed(names, "source=digits is built in; source=folder takes images from root")
+        return self
 
 
 def open_images(

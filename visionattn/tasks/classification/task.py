@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose
 
+from visionattn.checkpoints.description import Preprocessing, prepare
 from visionattn.engine.batches import make_eval_loader, make_train_loader
 from visionattn.engine.config import RunConfig, Section
 from visionattn.engine.distributed import gather_objects
 from visionattn.engine.network import create_network, evaluating
 from visionattn.engine.task import Task
-from visionattn.errors import InputError, as_input_error
+from visionattn.errors import InputError, RunError, as_input_error
 from visionattn.models.frames.common import Supervised
 from visionattn.tasks.classification.data import (
     ClassificationData,
@@ -79,6 +81,7 @@ class ClassificationTask(Task):
 
     config: ClassificationConfig
     monitor = "top1"
+    metrics = ("top1", "top5", "loss")
     mean: Tensor
     std: Tensor
 
@@ -101,7 +104,13 @@ class ClassificationTask(Task):
         for name in ("mean", "std"):
             value = 255 * torch.tensor(self.preprocessing[name]).view(1, -1, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        check_image_size(self.model, config.model.name, self.preprocessing["input_size"])
+        shape = check_image_size(self.model, config.model.name, self.preprocessing["input_size"])
+        if shape != (1, num_classes):
+            given = f"{tuple(shape[1:])} numbers for an image, not one for each of {num_classes} classes"
+            raise InputError(f"{config.model.name} does not classify: it gives {given}")
+        # What is saved of the network says how its images are prepared and what its classes are called.
+        names = self.config.data.class_names
+        prepare(self.model, Preprocessing.model_validate({**self.preprocessing, "label_names": names}))
         augment = config.augment
         self.mixup = None
         if augment.mixup or augment.cutmix:
@@ -131,17 +140,26 @@ class ClassificationTask(Task):
         return {"loss": main + out.weight * auxiliary, "auxiliary": auxiliary.detach()}
 
     def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """`top1` and `top5` in percent and the mean `loss`, each held-out image counted once."""
+        """`top1` and `top5` in percent and the mean `loss`, each held-out image counted once.
+
+        They are not numbers where a stream gives no image.
+
+        Raises:
+            RunError: an image has a class beyond those of the network.
+        """
         sums = [0.0, 0.0, 0.0, 0.0]
         for images, targets in loader:
             logits = self.model(self._normalize(images)).float()
+            if not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+                wrong = f"{int(targets.min())} to {int(targets.max())}"
+                raise RunError(f"held-out images have classes {wrong}, but there are {logits.shape[1]}")
             right = logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)
             loss = F.cross_entropy(logits, targets, reduction="sum")
             batch = torch.stack([right[:, 0].sum(), right.sum(), loss]).tolist()
             sums = [total + value for total, value in zip(sums, [*batch, len(targets)], strict=True)]
         top1, top5, loss, count = map(sum, zip(*gather_objects(sums), strict=True))
         if not count:
-            raise InputError("the held-out data is empty")
+            return dict.fromkeys(self.metrics, math.nan)
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
     def predict(self, inputs: Sequence[Image], top: int | None = 5) -> list[list[tuple[str, float]]]:
@@ -157,8 +175,7 @@ class ClassificationTask(Task):
     def train_loader(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the training images, augmented."""
         augment = self.config.augment
-        transform = create_transform(
-            **self._transform_arguments(),
+        transform = self._transform(
             is_training=True,
             scale=augment.crop_scale,
             ratio=augment.crop_ratio,
@@ -171,18 +188,23 @@ class ClassificationTask(Task):
 
     def eval_loader(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the held-out images, resized and cropped in the middle."""
-        transform = create_transform(**self._transform_arguments(), crop_pct=self.preprocessing["crop_pct"])
+        transform = self._transform(crop_pct=self.preprocessing["crop_pct"])
         return make_eval_loader(self._ready(False, transform), self.config.train)
 
-    def _transform_arguments(self) -> dict[str, Any]:
+    def _transform(self, **options: Any) -> Any:
         names = ("input_size", "interpolation", "mean", "std")
-        # use_prefetcher: images stay uint8, a quarter of the traffic, and are normalised on the device.
-        return {**{name: self.preprocessing[name] for name in names}, "use_prefetcher": True}
+        stated = {name: self.preprocessing[name] for name in names}
+        kinds = (ValueError, TypeError, LookupError, AssertionError)
+        with as_input_error("cannot prepare images as data and augment say", *kinds):
+            # use_prefetcher: images stay uint8, a quarter of the traffic, and are normalised on the device.
+            return create_transform(**stated, use_prefetcher=True, **options)
 
     def _ready(self, training: bool, transform: Any) -> Dataset:
         dataset: Any = self._open(training)
         remove_broken_images(dataset, self.config.data)
         dataset.transform = Compose([to_image_mode(self.image_mode), transform])
+        if not training and not isinstance(dataset, IterableDataset) and not len(dataset):
+            raise InputError(f"data.eval_split={self.config.data.eval_split} holds no image to judge by")
         return dataset
 
     def _open(self, training: bool) -> Dataset:
@@ -266,11 +288,16 @@ def resolve_preprocessing(
     return resolved
 
 
-def check_image_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Raise an `InputError` unless the network runs on one image `[C, H, W]` of this size."""
+def check_image_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> tuple[int, ...]:
+    """The shape of what the network makes of one image `[C, H, W]` of this size.
+
+    Raises:
+        InputError: it does not run on it.
+    """
     refused = f"{name} does not take images of {input_size[1]}x{input_size[2]}"
-    with evaluating(model), as_input_error(refused, ValueError, RuntimeError, AssertionError):
-        model(torch.zeros(1, *input_size))
+    kinds = (ValueError, RuntimeError, AssertionError, TypeError, LookupError, ArithmeticError)
+    with evaluating(model), as_input_error(refused, *kinds):
+        return tuple(getattr(model(torch.zeros(1, *input_size)), "shape", ()))
 
 
 def classify(
@@ -286,8 +313,8 @@ def classify(
     Args:
         model: a classification network.
         images: any sizes and modes.
-        class_names: names of the classes; by default ImageNet's where the network has its number of classes,
-            else the numbers.
+        class_names: names of the classes; by default those that the network's weights brought, ImageNet's
+            where it has its number of classes, else the numbers.
         top: how many names per image; None for all.
         preprocessing: from `resolve_preprocessing`, which is the default.
 
@@ -312,6 +339,9 @@ def classify(
 
 
 def _known_names(model: nn.Module, num_classes: int) -> list[str]:
+    own: Any = getattr(model, "pretrained_cfg", {}).get("label_names") or ()
+    if len(own) == num_classes:
+        return list(own)
     subset = infer_imagenet_subset(model)
     if subset is None:
         return [str(index) for index in range(num_classes)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat, model_validator
 from torch.utils.data import Dataset
 
 from visionattn.data.scenes import SceneOptions, scenes_folder
@@ -28,7 +28,7 @@ class DenseData(Section):
     mean: tuple[float, float, float] | None = Field(
         default=None, description="of [0, 1] pixels; null: the network's own"
     )
-    std: tuple[float, float, float] | None = Field(
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
         default=None, description="of [0, 1] pixels; null: the network's own"
     )
     broken: Literal["error", "skip"] = Field(
@@ -37,6 +37,13 @@ class DenseData(Section):
     check_images: int = Field(
         default=10_000, ge=0, description="images per split that are read for this, evenly chosen from more"
     )
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> DenseData:
+        if getattr(self, "source", None) == "scenes":
+            places = [name for name in type(self).model_fields if name.startswith(("train_", "eval_"))]
+            self.refuse_changed(places, "source=scenes is built in and has places of its own")
+        return self
 
 
 class DenseImages(Protocol):

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from visionattn.data.coco import CocoImages
 from visionattn.engine.config import Section
 from visionattn.engine.distributed import gather_objects, process_index
-from visionattn.errors import as_input_error
+from visionattn.errors import InputError, as_input_error
 from visionattn.tasks.broken import refuse_or_skip
 from visionattn.tasks.dense.data import DenseData, find_split
 from visionattn.tasks.dense.detectors import DetectorOptions, create_detector
@@ -98,6 +98,7 @@ class DetectionTask(DenseTask):
         super().__init__()
         self.config = config
         self.has_masks = config.detector.name == "mask_rcnn"
+        self.metrics = [f"{kind}_{name}" for kind in self._kinds() for name in _STATISTICS]
         self._images: dict[bool, CocoImages] = {}
         if config.data.class_names is None:
             data = config.data.model_copy(update={"class_names": self._open(True).class_names})
@@ -115,8 +116,11 @@ class DetectionTask(DenseTask):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
-        """Mean average precision of boxes (`box_map`, `box_map50`, ...) and of masks, in 0 to 1."""
-        mine: dict[str, list[Any]] = {"box": [], "mask": []} if self.has_masks else {"box": []}
+        """Mean average precision of boxes (`box_map`, `box_map50`, ...) and of masks, in 0 to 1.
+
+        That of a size that no object has is left out.
+        """
+        mine: dict[str, list[Any]] = {kind: [] for kind in self._kinds()}
         for images, targets in loader:
             found = self.model([image.float() / 255 for image in images])
             for target, result in zip(targets, found, strict=True):
@@ -159,6 +163,23 @@ class DetectionTask(DenseTask):
         """See the function of this name."""
         return training_transform(self.config.augment)
 
+    def check_held_out(self, images: CocoImages) -> None:
+        """Let COCO's evaluation judge one object that is nowhere: it must take the truth and find objects."""
+        labels = torch.tensor([next(iter(images.labels.values()), 1)])
+        nowhere = {"boxes": torch.zeros(1, 4), "labels": labels, "scores": torch.ones(1)}
+        height, width = (images.content["images"][images.kept[0]][side] for side in ("height", "width"))
+        masks = {"masks": torch.zeros(1, height, width, dtype=torch.bool)} if self.has_masks else {}
+        kinds = (ValueError, TypeError, LookupError, RuntimeError, AttributeError)
+        with as_input_error("the held-out annotations cannot be judged", *kinds):
+            found = score(images.truth(), images.as_results(0, {**nowhere, **masks}))
+        if self.monitor not in found:
+            count = len(images.truth()["annotations"])
+            kept = f"all {count} are crowds, which do not count" if count else "there are none"
+            raise InputError(f"the {len(images)} held-out images have no objects to be judged by: {kept}")
+
+    def _kinds(self) -> tuple[str, ...]:
+        return ("box", "mask") if self.has_masks else ("box",)
+
     @property
     def _names(self) -> list[str]:
         return self.config.data.class_names or []
@@ -181,25 +202,35 @@ class DetectionTask(DenseTask):
         return self._images[training]
 
     def _score(self, results: dict[str, list[Any]]) -> dict[str, float]:
-        reference = COCO(self._held_out.truth())
-        metrics = {}
-        for kind, entries in results.items():
-            judge = COCOeval_faster(
-                reference,
-                reference.loadRes(entries),
-                "bbox" if kind == "box" else "segm",
-                print_function=_silent,
-            )
-            judge.evaluate()
-            judge.accumulate()
-            judge.summarize()
-            # A size that no object has gives -1.
-            metrics |= {
-                f"{kind}_{name}": float(value)
-                for name, value in zip(_STATISTICS, judge.stats, strict=False)
-                if value >= 0
-            }
-        return metrics
+        return score(self._held_out.truth(), results)
+
+
+def score(truth: dict[str, Any], results: dict[str, list[Any]]) -> dict[str, float]:
+    """COCO's statistics of results, without those that have no value because no object is of their size.
+
+    Args:
+        truth: images, objects and categories in COCO's format.
+        results: entries in COCO's format of results, for `"box"` and `"mask"`.
+    """
+    reference = COCO(truth)
+    metrics = {}
+    for kind, entries in results.items():
+        judge = COCOeval_faster(
+            reference,
+            reference.loadRes(entries),
+            "bbox" if kind == "box" else "segm",
+            print_function=_silent,
+        )
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+        # A size that no object has gives -1.
+        metrics |= {
+            f"{kind}_{name}": float(value)
+            for name, value in zip(_STATISTICS, judge.stats, strict=False)
+            if value >= 0
+        }
+    return metrics
 
 
 def training_transform(augment: DetectionAugmentation) -> v2.Transform:

@@ -24,7 +24,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
-from visionattn.engine.config import ModelConfig, Section
+from visionattn.engine.config import ModelConfig, Section, check_kinds
 from visionattn.errors import InputError, as_input_error, nearest
 from visionattn.tasks.dense.backbone import (
     BackboneOptions,
@@ -137,6 +137,7 @@ def create_detector(
     for name in options.kwargs:
         if name not in known:
             raise InputError(f"unknown key detector.kwargs.{name}: {nearest(name, known)}")
+    check_kinds("detector.kwargs", options.kwargs, {name: p.default for name, p in known.items()})
     with as_input_error(f"cannot build {options.name} with detector.kwargs {options.kwargs}", *kinds):
         detector = make(pyramid, options, num_classes + 1, {**shared, **options.kwargs})
     # timm asks a network for this when it groups parameters for the optimizer.

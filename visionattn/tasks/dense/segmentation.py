@@ -116,6 +116,7 @@ class SegmentationTask(DenseTask):
     config: SegmentationConfig
     model: Segmenter
     monitor = "miou"
+    metrics = ("miou", "macc", "aacc")
     mean: Tensor
     std: Tensor
     class_weights: Tensor | None
@@ -154,7 +155,7 @@ class SegmentationTask(DenseTask):
         """Mean intersection over union `miou`, mean accuracy of classes `macc`, accuracy of pixels `aacc`.
 
         All are in 0 to 1, from one confusion matrix of all images; classes that are neither there nor found
-        do not count.
+        do not count. Where no pixel has a class, they are not numbers.
         """
         count = len(self.config.data.class_names or [])
         confusion = torch.zeros(count, count, dtype=torch.float64, device=self.mean.device)
@@ -170,6 +171,13 @@ class SegmentationTask(DenseTask):
             "macc": (hits / there)[there > 0].mean().item(),
             "aacc": (hits.sum() / there.sum()).item(),
         }
+
+    def check_held_out(self, images: LabelMaps) -> None:
+        """Refuse class maps without any pixel that has a class."""
+        if not any((images.classes(index) != IGNORED).any() for index in range(len(images))):
+            raise InputError(
+                f"no pixel of the {len(images)} held-out class maps has a class: nothing can be judged"
+            )
 
     def find(self, image: Tensor) -> Tensor:
         """The classes `[H, W]` of a uint8 image `[3, H, W]`."""

@@ -12,6 +12,8 @@ from PIL.Image import Image
 from pydantic import Field
 from torch import Tensor, nn
 
+from visionattn.checkpoints.description import describe
+from visionattn.checkpoints.reading import as_texts
 from visionattn.data.images import to_pil, to_tensor
 from visionattn.engine.batches import make_eval_loader, make_train_loader
 from visionattn.engine.config import RunConfig
@@ -19,7 +21,7 @@ from visionattn.engine.distributed import process_index
 from visionattn.engine.network import evaluating
 from visionattn.engine.task import Task
 from visionattn.tasks.comparison import draw_comparison
-from visionattn.tasks.dense.backbone import BackboneOptions, load_dense_checkpoint
+from visionattn.tasks.dense.backbone import BackboneOptions, load_dense_checkpoint, pixel_statistics
 from visionattn.tasks.dense.data import Augmented, DenseImages, remove_broken_images
 from visionattn.tasks.dense.drawing import in_square
 from visionattn.tasks.dense.transforms import listed, plain
@@ -59,6 +61,14 @@ class DenseTask(Task):
         """Whole images and their targets."""
         return make_eval_loader(Augmented(self._held_out), self.config.train, collate=listed)
 
+    def description(self) -> dict[str, str]:
+        """That of the backbone, with the names of the classes of the run and what its pixels become."""
+        data = cast(Any, self.config).data
+        body = cast(Any, self.model).backbone.body
+        mean, std = pixel_statistics(body, data)
+        facts = {"class_names": data.class_names, "mean": mean, "std": std}
+        return {**describe(body), **as_texts({k: v for k, v in facts.items() if v is not None})}
+
     def pictures(self) -> dict[str, Image]:
         """Truth and findings of the first held-out images."""
         rows = []
@@ -90,9 +100,19 @@ class DenseTask(Task):
         remove_broken_images(images, config.data)
         return images
 
+    @abstractmethod
+    def check_held_out(self, images: Any) -> None:
+        """Refuse held-out images for which the metric can have no value.
+
+        Raises:
+            InputError: why it has none.
+        """
+
     @cached_property
     def _held_out(self) -> Any:
-        return self._checked(False)
+        images = self._checked(False)
+        self.check_held_out(images)
+        return images
 
 
 def load_weights(model: nn.Module, config: DenseConfig) -> None:

@@ -86,6 +86,12 @@ class RestorationData(Section):
                 raise ValueError(f"{split}_depth is for inputs that the degradation haze makes")
         if self.degraded_size is not None and self.degraded_size < self.patch_size:
             raise ValueError(f"degraded_size ({self.degraded_size}) is below patch_size ({self.patch_size})")
+        if self.source == "photographs":
+            kinds = ("gt", "lq", "depth", "template")
+            parts = [f"{split}_{kind}" for split in ("train", "eval") for kind in kinds]
+            self.refuse_changed(
+                parts, "source=photographs is built in; source=folders takes images from them"
+            )
         return self
 
     @property

@@ -18,6 +18,8 @@ from visionattn.data.images import rgb_to_y
 _WINDOW = 11
 _CUBE_WINDOW = 7
 _BLOCK = 8
+#: fewest pixels per side, within the border, for which a metric has a value
+SMALLEST = {"ssim": _WINDOW, "psnr_b": 2 * _BLOCK, "mssim": _CUBE_WINDOW}
 _SAM_EPS = 1e-8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from visionattn.checkpoints import load_checkpoint
 from visionattn.data.degradations.blur import sharpen
 from visionattn.data.degradations.resize import bicubic_upscale, to_uint8
+from visionattn.data.files import shorten
 from visionattn.data.images import to_pil, to_tensor
 from visionattn.data.paired import Pair, PairedImages, TrainingCrops
 from visionattn.engine.batches import make_eval_loader, make_train_loader, seed_all
@@ -26,7 +28,7 @@ from visionattn.tasks.comparison import busiest_crop, draw_comparison
 from visionattn.tasks.restoration.adversarial import Discriminator, PerceptualLoss, adversarial_losses
 from visionattn.tasks.restoration.config import RestorationConfig
 from visionattn.tasks.restoration.data import open_images
-from visionattn.tasks.restoration.metrics import mpsnr, mssim, psnr, psnr_b, sam, ssim
+from visionattn.tasks.restoration.metrics import SMALLEST, mpsnr, mssim, psnr, psnr_b, sam, ssim
 
 _PICTURED_IMAGES = 3
 _PICTURED_SIDE = 128  # pixels of the truth
@@ -63,6 +65,8 @@ class RestorationTask(Task):
                 f"metric={self.metric} does not fit the {self.out_channels} channels of the network"
             )
         self.monitor = "mpsnr" if self.metric == "bands" else f"psnr_{self.metric}"
+        self.border = info.upscale if info.upscale > 1 and self.metric != "bands" else 0
+        self.metrics = [*self._measures, f"gain_over_{self._plainly}"]
         self.perceptual: PerceptualLoss | None = None
         self._check_losses()
         # A trained checkpoint holds what became of the initial weights.
@@ -119,12 +123,20 @@ class RestorationTask(Task):
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Mean quality over whole images, and the gain in dB over bicubic or over the input.
 
-        `rows` then holds the quality of every image.
+        `rows` then holds the quality of every image. One that is too small for a metric's window has no value
+        (not a number) there and does not count in its mean.
         """
         mine = [self._score(pair) for pair in loader]
         self.rows = [row for part in gather_objects(mine) for row in part]
-        names = [name for name in self.rows[0] if name != "name"]
-        return {name: sum(row[name] for row in self.rows) / len(self.rows) for name in names}
+        names = [name for name in self.metrics if all(name in row for row in self.rows)]
+        values = {name: [v for row in self.rows if not math.isnan(v := row[name])] for name in names}
+        for name, known in values.items():
+            if len(known) < len(self.rows) and process_index() == 0:
+                lacking = [row["name"] for row in self.rows if math.isnan(row[name])]
+                print(
+                    f"{name} has no value for {shorten(lacking)}, of {len(self.rows)} images", file=sys.stderr
+                )
+        return {name: sum(known) / len(known) if known else math.nan for name, known in values.items()}
 
     def predict(self, inputs: Image.Image | Sequence[Image.Image]) -> Any:
         """Restored images: one RGB image for one, a list for several of any sizes.
@@ -169,7 +181,9 @@ class RestorationTask(Task):
 
     @cached_property
     def _held_out(self) -> PairedImages:
-        return open_images(self.config, self.info, "validation", self.info.min_size)
+        smallest = max(SMALLEST.get(metric.__name__, 1) for metric in self._measures.values())
+        smallest = math.ceil((smallest + 2 * self.border) / self.info.upscale)
+        return open_images(self.config, self.info, "validation", max(self.info.min_size, smallest))
 
     def _score(self, pair: Any) -> dict[str, Any]:
         """Quality of the restoration of an evaluation batch, which is one image."""
@@ -177,21 +191,32 @@ class RestorationTask(Task):
         restored = self._restore(lq)
         row: dict[str, Any] = {"name": pair["name"][0]}
         if self.metric == "bands":
-            row |= {metric.__name__: metric(restored, truth) for metric in (mpsnr, mssim, sam)}
-            plain = mpsnr(lq.cpu(), truth) if lq.shape == truth.shape else None
+            measure, plain = {}, lq.cpu() if lq.shape == truth.shape else None
         else:
-            truth, restored = to_uint8(truth), to_uint8(restored)
-            border = self.info.upscale if self.info.upscale > 1 else 0
-            measure = {"border": border, "luma": self.metric == "y"}
-            row[f"psnr_{self.metric}"] = psnr(restored, truth, **measure)
-            row[f"ssim_{self.metric}"] = ssim(restored, truth, **measure)
-            if self._judges_blocks:
-                row[f"psnr_b_{self.metric}"] = psnr_b(restored, truth, **measure)
-            plain = psnr(self._plain(lq), truth, **measure)
+            truth, restored, plain = to_uint8(truth), to_uint8(restored), self._plain(lq)
+            measure = {"border": self.border, "luma": self.metric == "y"}
+        side = min(truth.shape[-2:]) - 2 * self.border
+        for name, metric in self._measures.items():
+            small = side < SMALLEST.get(metric.__name__, 1)
+            row[name] = math.nan if small else metric(restored, truth, **measure)
         if plain is not None:
-            over = "bicubic" if self.info.upscale > 1 else "input"
-            row[f"gain_over_{over}"] = row[self.monitor] - plain
+            row[f"gain_over_{self._plainly}"] = row[self.monitor] - self._measures[self.monitor](
+                plain, truth, **measure
+            )
         return row
+
+    @property
+    def _measures(self) -> dict[str, Callable[..., float]]:
+        """The metrics of an image, by their names."""
+        if self.metric == "bands":
+            return {metric.__name__: metric for metric in (mpsnr, mssim, sam)}
+        measures = (psnr, ssim, psnr_b) if self._judges_blocks else (psnr, ssim)
+        return {f"{metric.__name__}_{self.metric}": metric for metric in measures}
+
+    @property
+    def _plainly(self) -> str:
+        """What stands for the result without a network."""
+        return "bicubic" if self.info.upscale > 1 else "input"
 
     @property
     def _judges_blocks(self) -> bool:
