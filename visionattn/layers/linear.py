@@ -8,9 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.kernels import product
+from visionattn.layers.as_made import is_as_made
 
 
-class Linear(nn.Linear):
+class _CountsAsLinear(type):
+    """The class of `Linear`, which is equal to `torch.nn.Linear` in tables and lists of classes.
+
+    Quantisation and counters of FLOPs look modules up by their exact class, and would pass over a subclass.
+    Classes that others derive, as for parametrisations, are no layers of ours any more.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (other is nn.Linear and cls.__module__.startswith("visionattn."))
+
+    def __hash__(cls) -> int:
+        return hash(nn.Linear)
+
+
+class Linear(nn.Linear, metaclass=_CountsAsLinear):
     """`torch.nn.Linear`, whose product is `visionattn.kernels.product`: oneDNN's in float32 on an x86 CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -42,12 +57,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`."""
         # Inference makes the hidden layer in one place and pass, unless somebody looks at its parts.
-        exact = _is_as_made(self.act, nn.GELU) and self.act.approximate == "none"
-        if exact and _is_as_made(self.fc1, Linear):
+        exact = is_as_made(nn.GELU, self.act) and self.act.approximate == "none"
+        if exact and is_as_made(Linear, self.fc1):
             return self.fc2(product(x, self.fc1.weight, self.fc1.bias, gelu=True))
         return self.fc2(self.act(self.fc1(x)))
-
-
-def _is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a part of this file's layers was neither replaced nor given hooks."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
