@@ -1,5 +1,6 @@
 # make demo   installs into .venv, trains both demos on built-in real data, checks and shows their results
 # make test   installs into .venv, checks the style, runs the tests
+# make test-floor   the tests of kernels and networks with the oldest releases that pyproject.toml allows
 # make test-mm   installs mmdetection and mmsegmentation into .venv-mm, tests the plug-in and trains its examples
 # make lint   ruff and pyright alone
 
@@ -8,7 +9,9 @@ BIN := .venv/bin
 # One thread per test process: two processes of two threads on two cores wait for each other.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-mm lint clean
+FLOOR := tests/kernels tests/layers tests/models/test_parity.py tests/models/test_models.py tests/models/test_adapters.py
+
+.PHONY: demo test test-slow test-floor test-mm lint clean
 
 demo: .venv/demo
 	rm -rf runs/demo
@@ -23,6 +26,16 @@ test: lint
 
 test-slow: .venv/dev
 	$(TEST) -m slow
+
+# Of PyTorch, torchvision and timm the oldest, which other libraries then have to fit.
+test-floor: .venv-floor/ready
+	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n 2 $(FLOOR)
+
+.venv-floor/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-floor
+	sed -nE 's/^ *"(torch|torchvision|timm)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml > .venv-floor/oldest.txt
+	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-floor/oldest.txt -e '.[demo,lmdb,hyperspectral,test]'
+	touch $@
 
 # An environment of its own, because the versions that these packages allow hold others back.
 test-mm: .venv-mm/ready
@@ -46,4 +59,4 @@ lint: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv .venv-mm build *.egg-info
+	rm -rf .venv .venv-floor .venv-mm build *.egg-info

@@ -6,7 +6,10 @@ import platform
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
 from torch.utils import flop_counter
 
 
@@ -19,6 +22,37 @@ def is_counting_flops() -> bool:
 def is_exporting() -> bool:
     """Whether `torch.export` traces; False in torch 2.6, which cannot tell (torch 2.6 to 2.15)."""
     return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of a module is seen or changed from outside (torch 2.6 to 2.15).
+
+    By hooks of its own or, unless the FLOP counter sets them, of all modules; or by another `forward` of the
+    instance, as Accelerate gives to modules whose weights lie elsewhere.
+    """
+    own = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(own) or "forward" in module.__dict__:
+        return True
+    of_all = (
+        _modules._global_forward_hooks,
+        _modules._global_forward_pre_hooks,
+        _modules._global_backward_hooks,
+        _modules._global_backward_pre_hooks,
+    )
+    return any(of_all) and not is_counting_flops()
+
+
+def is_plain_tensor(t: torch.Tensor) -> bool:
+    """Whether a tensor holds its numbers as such, or stands for one that does in a trace (torch 2.6 to 2.15).
+
+    Other subclasses may be quantised, or parts of a tensor on other devices.
+    """
+    return type(t) in (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def is_functorch_active() -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.formulations.formulation import Formulation
-from visionattn.layers.volumes import DownConv, SpectralSpatialConv, UpConv, VolumeConv
+from visionattn.layers.volumes import SpectralSpatialConv, UpConv, VolumeConv
 from visionattn.models.hsdt import GuidedSpectralAttention, SelfModulatedMlp
 
 
@@ -15,12 +15,8 @@ class TheirVolumeConv(VolumeConv):
     """A 3-D convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, H', W', C']`."""
-        return nn.Conv3d.forward(self, input.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-
-
-class TheirDownConv(TheirVolumeConv, DownConv):
-    """A 3-D convolution."""
+        """`[B, C, D, H, W]` to `[B, C', D, H', W']`."""
+        return nn.Conv3d.forward(self, input)
 
 
 class TheirSpectralSpatialConv(SpectralSpatialConv):
@@ -35,14 +31,14 @@ class TheirSpectralSpatialConv(SpectralSpatialConv):
         return (y + F.conv3d(x, self.spectral.weight[..., None], padding=(1, 0, 0))).permute(0, 2, 3, 4, 1)
 
 
-class TheirUpConv(TheirVolumeConv, UpConv):
+class TheirUpConv(UpConv):
     """Enlargement of the volume, then a convolution of it."""
 
     def forward(self, input: Tensor, *band: object) -> Tensor:
         """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`; the place of a band is not used."""
         volume = input.permute(0, 4, 1, 2, 3)
         volume = F.interpolate(volume, scale_factor=(1.0, 2.0, 2.0), mode="trilinear", align_corners=True)
-        return super().forward(volume.permute(0, 2, 3, 4, 1))
+        return self.conv(volume).permute(0, 2, 3, 4, 1)
 
 
 class TheirSpectralAttention(GuidedSpectralAttention):
@@ -66,7 +62,6 @@ class TheirModulatedMlp(SelfModulatedMlp):
 FORMULATION = Formulation(
     {
         VolumeConv: TheirVolumeConv,
-        DownConv: TheirDownConv,
         SpectralSpatialConv: TheirSpectralSpatialConv,
         UpConv: TheirUpConv,
         GuidedSpectralAttention: TheirSpectralAttention,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.formulations.hat import gathered_bias, shift_mask
 from benchmarks.formulations.windows import merge, partition
 from visionattn.layers import WindowAttention2d
+from visionattn.layers.maps import on_nhwc
 from visionattn.models.frames.common import StridedConv2d
 from visionattn.models.frames.pyramid import PatchEmbedding, PatchMerging, Pyramid
 from visionattn.models.hosts.cswin import CSwin, StripeAttention
@@ -34,8 +35,8 @@ class TheirStridedConv(StridedConv2d):
     """A convolution in planes; its output stays so."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H', W', C']`."""
-        return nn.Conv2d.forward(self, planes(input)).permute(0, 2, 3, 1)
+        """`[B, C, H, W]` to `[B, C', H', W']`."""
+        return nn.Conv2d.forward(self, input.contiguous())
 
 
 class TheirEmbedding(PatchEmbedding):
@@ -47,7 +48,7 @@ class TheirEmbedding(PatchEmbedding):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, in_dim]` to `[B, H / stride, W / stride, dim]`."""
-        x = self.proj(x)
+        x = on_nhwc(self.proj, x)
         size = (x.shape[1], x.shape[2])
         x = self.norm(x.flatten(1, 2))
         if self.pos_embed is None or self.size is None:

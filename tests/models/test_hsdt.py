@@ -43,7 +43,7 @@ def test_enlargement_is_the_official_trilinear_one():
     conv = UpConv(4)
     x = torch.randn(2, 4, 3, 5, 6)
     y = F.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear", align_corners=True)
-    y = F.conv3d(y, conv.weight, padding=1)
+    y = F.conv3d(y, conv.conv.weight, padding=1)
     torch.testing.assert_close(conv(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3), y)
 
 
@@ -192,6 +192,15 @@ def test_state_dict_round_trip(tmp_path: Path):
     net, other = network().eval(), network().eval()
     visionattn.save_checkpoint(net, tmp_path / "net.safetensors")
     assert not visionattn.load_checkpoint(other, tmp_path / "net.safetensors")
+    x = torch.rand(1, 7, 8, 8)
+    assert torch.equal(net(x), other(x))
+
+
+def test_names_without_the_part_around_a_convolution_load():
+    net, other = network().eval(), network().eval()
+    weights = {name.replace(".conv.conv.", ".conv."): value for name, value in net.state_dict().items()}
+    assert weights.keys() != net.state_dict().keys()
+    assert not visionattn.load_checkpoint(other, weights)
     x = torch.rand(1, 7, 8, 8)
     assert torch.equal(net(x), other(x))
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from visionattn._compat import inside_feature_getter, recorded_arguments
 from visionattn.checkpoints.reading import CheckpointError
-from visionattn.models.registry.variants import ENTRIES
+from visionattn.models.registry.variants import known_entries
 
 # Of timm's configuration, what is true of the published weights alone.
 _OF_OTHER_WEIGHTS = (
@@ -167,7 +167,8 @@ def _is_plain(value: object) -> bool:
 
 def _changed(network: Any, cfg: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that are other ones since the classifier was replaced (`reset_classifier`)."""
-    usual = ENTRIES[cfg["architecture"]].arguments if cfg["architecture"] in ENTRIES else {}
+    entry = known_entries().get(cfg["architecture"])
+    usual = entry.arguments if entry else {}
     pool = getattr(network, "global_pool", None) or getattr(
         getattr(network, "head", None), "global_pool", None
     )

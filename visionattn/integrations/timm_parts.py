@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp
 from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionattn.kernels import product
+from visionattn.layers.as_made import is_as_made
 
 Size = tuple[int, int]
 
@@ -51,7 +52,11 @@ def cosine_qkv(attn: CosineAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor
     """Swin V2's queries, keys and values `[..., heads, d]` of `[..., C]`, for a softmax scale of 1."""
     parts: Any = (attn.q_bias, attn.k_bias, attn.v_bias)
     bias = None if attn.q_bias is None else torch.cat(parts)
-    q, k, v = product(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
+    if is_as_made(nn.Linear, attn.qkv):
+        qkv = product(x, attn.qkv.weight, bias)
+    else:
+        qkv = attn.qkv(x) if bias is None else attn.qkv(x) + bias
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
     scale = attn.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1)
     q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
     return q.to(v.dtype), k.to(v.dtype), v  # autocast normalises in float32

@@ -71,7 +71,12 @@ def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
         if t.dim() == q.dim() == 5 and t.shape != q.shape:
             raise ValueError(f"{name}: {letter} has shape {tuple(t.shape)}, q has {tuple(q.shape)}")
     check_maps(name, q, k, v)
-    return q.shape[1], q.shape[2]
+    return known(q.shape[1]), known(q.shape[2])
+
+
+def known(side: int) -> int:
+    """A side of a map as a number: while `torch.jit.trace` runs it is a tensor, which no geometry takes."""
+    return int(side) if isinstance(side, Tensor) and torch.jit.is_tracing() else side
 
 
 def check_weights(name: str, weights: Tensor, v: Tensor, keys: int) -> tuple[int, int]:
@@ -134,7 +139,7 @@ def pair(name: str, value: int | tuple[int, int], minimum: int = 1) -> tuple[int
     Raises:
         ValueError: not one or two integers of at least `minimum`.
     """
-    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    both = tuple(map(known, value)) if isinstance(value, (tuple, list)) else (known(value),) * 2
     # Anything but integers is refused; under compilation a size may also be a symbol for one.
     if len(both) != 2 or not all(isinstance(n, (int, torch.SymInt)) and n >= minimum for n in both):
         raise ValueError(f"{name} must be one or two integers of at least {minimum}, got {value!r}")

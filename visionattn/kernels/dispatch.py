@@ -26,6 +26,8 @@ _HAS_RECORDS = torch.__version__ >= "2.7"
 BACKENDS = ("reference", "torch", "cpu", "triton")
 
 _forced: ContextVar[str | None] = ContextVar("visionattn_backend", default=None)
+# How to leave the `use_backend` blocks that this thread is in, the innermost last.
+_entered: ContextVar[tuple[Token[str | None], ...]] = ContextVar("visionattn_blocks", default=())
 _explaining: ContextVar[bool] = ContextVar("visionattn_explaining", default=False)
 
 
@@ -168,7 +170,6 @@ class use_backend(ContextDecorator):
     def __init__(self, name: str):
         _checked(name, "backend")
         self.name = name
-        self._tokens: list[Token[str | None]] = []
         self._traced: list[str | None] = []
 
     def _recreate_cm(self) -> use_backend:
@@ -180,13 +181,15 @@ class use_backend(ContextDecorator):
             self._traced.append(_TRACED.backend)
             _TRACED.backend = self.name
         else:
-            self._tokens.append(_forced.set(self.name))
+            _entered.set((*_entered.get(), _forced.set(self.name)))
 
     def __exit__(self, *error: object) -> None:
         if torch.compiler.is_compiling():
             _TRACED.backend = self._traced.pop()
         else:
-            _forced.reset(self._tokens.pop())
+            *outer, token = _entered.get()
+            _forced.reset(token)
+            _entered.set(tuple(outer))
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:

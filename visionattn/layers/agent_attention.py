@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,14 +10,17 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from visionattn._compat import is_functorch_active
 from visionattn.kernels import agent_attention
 from visionattn.kernels.checks import pair
+from visionattn.layers.as_made import joining_axes
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import add_to_map, as_tokens, is_known_to_be, on_nhwc
 
 # Biases that are kept between calls, in numbers per layer: all of them up to 512 x 512 images. Those of
 # larger maps would hold more memory than the features.
 _KEPT = 1 << 22
+_PLAIN = (Tensor, nn.Parameter)
 # Side of the coarse bias tables of all published weights.
 _COARSE = 7
 
@@ -103,24 +107,31 @@ class AgentAttention2d(nn.Module):
         self._kept = None
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> AgentAttention2d:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AgentAttention2d:
         self._kept = None
-        return super()._apply(*args, **kwargs)
+        return super()._apply(joining_axes(fn), recurse)
 
     def _biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Biases of agents over pixels and of pixels over agents, both `[heads, agents, prefix + H * W]`."""
-        tables = [p for name, p in self.named_parameters(recurse=False) if name.endswith("_bias")]
+        names = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias", "ac_bias", "ca_bias")
+        # By name: replicas of `DataParallel` have no parameters.
+        tables = [table for name in names if (table := getattr(self, name)) is not None]
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in tables)
         numbers = 2 * self.num_heads * self.agent_shape[0] * self.agent_shape[1] * size[0] * size[1]
         passing = self.training or learning or torch.compiler.is_compiling() or numbers > _KEPT
-        if passing or any(p.is_inference() for p in tables):
+        if passing or is_functorch_active() or any(p.is_inference() or type(p) not in _PLAIN for p in tables):
             return self._resized_biases(size)
         # Loading and optimizer steps write in place, which counts the version up; moves replace the memory.
         state = (size, [(p.data_ptr(), p._version) for p in tables])
-        if self._kept is None or self._kept[0] != state:
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = state, self._resized_biases(size)
-        return self._kept[1]
+        # Read once and replaced as a whole: other threads may keep those of other sizes meanwhile.
+        kept = self._kept
+        if kept is not None and kept[0] == state:
+            return kept[1]
+        with torch.inference_mode(False), torch.no_grad():
+            biases = self._resized_biases(size)
+        if all(type(bias) is Tensor for bias in biases):  # none of a mode that computes without numbers
+            self._kept = state, biases
+        return biases
 
     def _resized_biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         bias_in = self._bias(self.an_bias, self.ah_bias[0, ..., 0], self.aw_bias[0, :, :, 0], size)

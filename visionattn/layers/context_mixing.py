@@ -15,7 +15,8 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.kernels import neighborhood_aggregation, neighborhood_bias, product
-from visionattn.layers.linear import Linear, NormedLinear, is_as_made
+from visionattn.layers.as_made import is_as_made
+from visionattn.layers.linear import Linear, NormedLinear
 from visionattn.layers.maps import on_nhwc
 
 # Side and dilation of the convolutions beside a large one, by the side of that.
@@ -214,7 +215,7 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, dim]` to `[B, H, W, out_dim]`."""
-        short = is_as_made(self.fc1, Linear)
+        short = is_as_made(Linear, self.fc1)
         hidden = product(x, self.fc1.weight, self.fc1.bias, gelu=True) if short else F.gelu(self.fc1(x))
         return self.fc2(self.grn(self.dwconv(hidden)))
 
@@ -399,7 +400,7 @@ class ContextMixingBlock(nn.Module):
             for table, n in zip((self.rpb1, self.rpb2), self.kernels)
         ]
         bias = torch.cat(biases, -1).permute(2, 0, 1, 3).flatten(1, 2)
-        if is_as_made(self.weight_proj, Linear):
+        if is_as_made(Linear, self.weight_proj):
             # Mixed among the few keys instead of for every pixel: a third of the work.
             logits = q @ (product(k, self.weight_proj.weight, None) * self.scale)
             logits = logits + (bias + self.weight_proj.bias)

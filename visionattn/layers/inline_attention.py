@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.kernels import linear_attention
+from visionattn.layers.as_made import is_as_made
 from visionattn.layers.linear import Linear
-from visionattn.layers.maps import add_to_map, as_tokens, on_nhwc
+from visionattn.layers.maps import add_to_map, as_tokens, is_known_to_be, on_nhwc
 
 
 class InLineAttention2d(nn.Module):
@@ -68,13 +69,14 @@ class InLineAttention2d(nn.Module):
 
     def _kernels(self, mean: Tensor) -> Tensor:
         """Kernels `[B, C, 3, 3]` that are predicted from `[B, C]`."""
-        for layer in self.residual:
-            mean = _grouped(layer, mean) if isinstance(layer, nn.Conv1d) else layer(mean)
-        return mean.unflatten(1, (-1, 3, 3))
+        first, act, last = self.residual
+        return _grouped(last, act(_grouped(first, mean))).unflatten(1, (-1, 3, 3))
 
 
-def _grouped(conv: nn.Conv1d, x: Tensor) -> Tensor:
+def _grouped(conv: nn.Module, x: Tensor) -> Tensor:
     """A grouped convolution of one position `[B, C]`, as products: no CPU has a fast convolution for it."""
+    if not isinstance(conv, nn.Conv1d) or not is_as_made(nn.Conv1d, conv):
+        return conv(x[..., None])[..., 0]
     groups = conv.groups
     weight = conv.weight.unflatten(0, (groups, -1)).squeeze(-1)
     out = x.unflatten(1, (groups, -1)).transpose(0, 1) @ weight.transpose(1, 2)
@@ -85,6 +87,8 @@ def _grouped(conv: nn.Conv1d, x: Tensor) -> Tensor:
 def _convolve_each(x: Tensor, kernels: Tensor) -> Tensor:
     """Depthwise 3x3 correlation of `[B, H, W, C]` with kernels `[B, C, 3, 3]`, zeros beyond the border."""
     batch, height, width, dim = x.shape
+    if is_known_to_be((batch,), (0,)):  # no groups, which no convolution takes
+        return x * kernels[:, None, None, :, 0, 0]
     # Images side by side as channels: one grouped convolution, channels last in memory.
     maps = x.permute(1, 2, 0, 3).reshape(1, height, width, batch * dim).permute(0, 3, 1, 2)
     out = F.conv2d(maps, kernels.reshape(batch * dim, 1, 3, 3), padding=1, groups=batch * dim)

@@ -7,12 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn._compat import may_overwrite
+from visionattn._compat import has_hooks, may_overwrite
 from visionattn.kernels import product
+from visionattn.layers.as_made import is_as_made
 from visionattn.layers.maps import on_nhwc
 
 
-class Linear(nn.Linear):
+class _CountsAsLinear(type):
+    """The class of `Linear`, which is equal to `torch.nn.Linear` in tables and lists of classes.
+
+    Quantisation and counters of FLOPs look modules up by their exact class, and would pass over a subclass.
+    Classes that others derive, as for parametrisations, are no layers of ours any more.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (other is nn.Linear and cls.__module__.startswith("visionattn."))
+
+    def __hash__(cls) -> int:
+        return hash(nn.Linear)
+
+
+class Linear(nn.Linear, metaclass=_CountsAsLinear):
     """`torch.nn.Linear`, whose product is `visionattn.kernels.product`: oneDNN's in float32 with AVX-512."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -57,20 +72,20 @@ def activated(linear: nn.Linear, act: nn.GELU, x: Tensor) -> Tensor:
     Returns:
         `[..., out_features]`.
     """
-    exact = is_as_made(act, nn.GELU) and act.approximate == "none"
-    if exact and is_as_made(linear, Linear):
+    exact = is_as_made(nn.GELU, act) and act.approximate == "none"
+    if exact and is_as_made(Linear, linear):
         return product(x, linear.weight, linear.bias, gelu=True)
     return act(linear(x))
 
 
 def is_disposable(*makers: nn.Module) -> bool:
     """Whether what these modules made or took may be overwritten: nothing records it, no hook has seen it."""
-    return may_overwrite() and not any(m._forward_hooks or m._forward_pre_hooks for m in makers)
+    return may_overwrite() and not any(map(has_hooks, makers))
 
 
 def overwritten(act: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
     """`act(x)` of features that nobody needs but the modules that made them: a GELU takes their place."""
-    exact = isinstance(act, nn.GELU) and is_as_made(act, nn.GELU) and act.approximate == "none"
+    exact = isinstance(act, nn.GELU) and is_as_made(nn.GELU, act) and act.approximate == "none"
     return torch.ops.aten.gelu_(x) if exact and is_disposable(*makers) else act(x)
 
 
@@ -92,8 +107,3 @@ class NormedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, dim]` to `[B, H, W, out_dim]`."""
         return on_nhwc(self.norm, self.linear(x))
-
-
-def is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a part of a layer was neither replaced nor given hooks."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.kernels import window_attention
+from visionattn.layers.as_made import is_as_made
 from visionattn.layers.bands import convolved, folded, pixelwise
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import on_nhwc
@@ -46,6 +47,7 @@ class HeadProjection(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
+        self.widths = [qk_dim // num_heads] * (1 + with_queries) + [dim // num_heads]
         self.scale = (qk_dim // num_heads) ** -0.5
         self.q = Linear(dim, qk_dim, bias=False, **dd) if with_queries else None
         self.k = Linear(dim, qk_dim, bias=False, **dd)
@@ -54,14 +56,17 @@ class HeadProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` to `[..., 3 (2 without queries), heads, d]`."""
         layers = (self.k, self.v) if self.q is None else (self.q, self.k, self.v)
-        weights = [layer.weight.unflatten(0, (self.num_heads, -1)) for layer in layers]
-        head_dim = -(-max(w.shape[1] for w in weights) // 8) * 8
+        heads, head_dim = self.num_heads, -(-max(self.widths) // 8) * 8
+        if not is_as_made(Linear, *layers):
+            parts = [layer(x).unflatten(-1, (heads, -1)) for layer in layers]
+            return torch.stack([F.pad(t, (0, head_dim - t.shape[-1])) for t in parts], -3)
+        weights = [layer.weight.unflatten(0, (heads, -1)) for layer in layers]
         filled = torch.stack([F.pad(w, (0, 0, 0, head_dim - w.shape[1])) for w in weights])
         return F.linear(x, filled.flatten(0, 2)).unflatten(-1, filled.shape[:3])
 
     def join(self, out: Tensor) -> Tensor:
         """`[..., C]` of attention output `[..., heads, d]`, without the zero channels."""
-        return out[..., : self.v.out_features // self.num_heads].flatten(-2)
+        return out[..., : self.widths[-1]].flatten(-2)
 
 
 class ConvMlp(nn.Module):

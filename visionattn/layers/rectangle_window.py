@@ -59,7 +59,7 @@ class DynamicPositionBias(nn.Module):
         """The table `[heads, 2 * height - 1, 2 * width - 1]`, ordered by key minus query, or None."""
         if self.width < 2:
             return None
-        weight = self.pos_proj.weight
+        weight: Any = self.pos1[0].weight  # nobody quantises a norm
         # Descending, because the MLP was trained on query minus key.
         y, x = (
             torch.arange(side - 1, -side, -1, device=weight.device, dtype=weight.dtype)

@@ -13,27 +13,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.layers.as_made import is_as_made, joining_axes
 from visionattn.layers.bands import convolved
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class VolumeConv(nn.Conv3d):
-    """A 3x3x3 convolution on `[B, D, H, W, C]`.
+    """A 3x3x3 convolution, for volumes that are channels last.
 
     Small single images would be unfolded on a CPU, 27 times their size: they run as maps with the channels of
     three bands each.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, D, H, W, C]` to `[B, D, H', W', C']`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, C, D, H, W]` to `[B, C', D, H', W']`."""
         # A pass that is counted on the meta device may run on a CPU.
-        if torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta") or not _unfolds(x):
-            return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        if torch.compiler.is_compiling() or input.device.type not in ("cpu", "meta") or not _unfolds(input):
+            return super().forward(input)
+        x = input.permute(0, 2, 3, 4, 1)
         near = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
         three = torch.cat((near[:, :-2], x, near[:, 2:]), -1)
         weight = self.weight.transpose(1, 2).flatten(1, 2)
-        return _on_maps(lambda maps: F.conv2d(maps, weight, self.bias, self.stride[1:], padding=1), three)
+        y = _on_maps(lambda maps: F.conv2d(maps, weight, self.bias, self.stride[1:], padding=1), three)
+        return y.permute(0, 4, 1, 2, 3)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VolumeConv:
+        return super()._apply(joining_axes(fn), recurse)
+
+
+def on_ndhwc(module: nn.Module, x: Tensor) -> Tensor:
+    """A convolution or norm of volumes on `[B, D, H, W, C]`; the permutations are views."""
+    return module(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
 class SpectralSpatialConv(nn.Module):
@@ -54,38 +65,49 @@ class SpectralSpatialConv(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.spatial1 = nn.Conv2d(in_dim, dim, 3, padding=1, bias=False, **dd)
         self.spatial2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False, **dd)
-        self.act = nn.LeakyReLU(inplace=True)
+        self.act = nn.LeakyReLU()
         self.spectral = nn.Conv2d(in_dim, dim, (3, 1), padding=(1, 0), bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, D, H, W, in_dim]` to `[B, D, H, W, dim]`."""
-        y = _on_maps(lambda maps: self.act(self.spatial2(self.act(self.spatial1(maps)))), x)
+        y = _on_maps(lambda maps: self._activated(self.spatial2(self._activated(self.spatial1(maps)))), x)
         z = self.spectral(x.flatten(2, 3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return y + z.reshape(y.shape)
+
+    def _activated(self, maps: Tensor) -> Tensor:
+        # In place, unless backward hooks of the convolution make a view of its output.
+        inplace = is_as_made(nn.LeakyReLU, self.act) and maps._base is None
+        return F.leaky_relu(maps, self.act.negative_slope, inplace) if inplace else self.act(maps)
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
         return convolved(lambda rows: then(self(rows)), x, halo=2, dim=2)
 
 
-class DownConv(VolumeConv):
+class DownConv(nn.Module):
     """3-D convolution that halves the sides of the maps and doubles their channels."""
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, 2 * dim, 3, stride=(1, 2, 2), padding=1, bias=False, **dd)
+        self.conv = VolumeConv(dim, 2 * dim, 3, stride=(1, 2, 2), padding=1, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, D, H, W, C]` to `[B, D, H / 2, W / 2, 2 * C]`."""
+        return on_ndhwc(self.conv, x)
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
         return convolved(lambda rows: then(self(rows)), x, halo=2, scale=Fraction(1, 2), dim=2)
 
 
-class UpConv(VolumeConv):
+class UpConv(nn.Module):
     """Linear enlargement of the maps to twice their sides, then a 3-D convolution to half the channels."""
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, dim // 2, 3, padding=1, bias=False, **dd)
+        self.conv = VolumeConv(dim, dim // 2, 3, padding=1, bias=False, **dd)
 
     def forward(self, x: Tensor, places: Tensor | None = None, height: int | None = None) -> Tensor:
         """`[B, D, H, W, C]` to `[B, D, 2 * H, 2 * W, C / 2]`.
@@ -101,7 +123,7 @@ class UpConv(VolumeConv):
         size = (x.shape[1], 2 * rows, 2 * columns)
         # On channels-last memory, that of volumes is three times as fast as that of maps.
         x = F.interpolate(x.permute(0, 4, 1, 2, 3), size, mode="trilinear", align_corners=True)
-        return super().forward(x.permute(0, 2, 3, 4, 1))
+        return self.conv(x).permute(0, 2, 3, 4, 1)
 
     def on_map(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then` of the output, by bands."""
@@ -121,8 +143,8 @@ def _on_maps(function: Any, x: Tensor) -> Tensor:
 
 
 def _unfolds(x: Tensor) -> bool:
-    """Whether PyTorch on a CPU convolves `[B, D, H, W, C]` as a volume without oneDNN."""
-    batch, bands, height, _, channels = x.shape
+    """Whether PyTorch on a CPU convolves `[B, C, D, H, W]` as a volume without oneDNN."""
+    batch, channels, bands, height, _ = x.shape
     return not _ONEDNN or (batch == 1 and bands * height * channels <= 20480)
 
 

@@ -163,6 +163,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.reach = kernel_size // 2
         self.attn = ConvMod(dim, kernel_size, **dd)
         self.mlp = EdgeMlp(dim, int(dim * mlp_ratio), fused, **dd)
         self.layer_scale_1 = nn.Parameter(torch.full((dim,), 1e-6, **dd))
@@ -170,8 +171,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        reach = self.attn.dwconv.kernel_size[0] // 2
-        x = convolved(lambda rows: rows + self.layer_scale_1 * self.attn(rows), x, halo=reach)
+        x = convolved(lambda rows: rows + self.layer_scale_1 * self.attn(rows), x, halo=self.reach)
         return convolved(lambda rows: rows + self.layer_scale_2 * self.mlp(rows), x, halo=1)
 
 

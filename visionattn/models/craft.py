@@ -18,6 +18,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from visionattn.kernels.precision import at_least_float32, without_autocast
+from visionattn.layers.as_made import is_as_made
 from visionattn.layers.bands import convolved, folded, pixelwise
 from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import is_needed, mirror_index, on_nhwc
@@ -140,6 +141,8 @@ class ChannelAttention(nn.Module):
         return (cosines * self.temperature).softmax(-1)
 
     def _keys_or_values(self, x: Tensor, which: int) -> Tensor:
+        if not (is_as_made(Linear, self.kv) and is_as_made(nn.Conv2d, self.kv_dwconv)):
+            return on_nhwc(self.kv_dwconv, self.kv(x)).chunk(2, -1)[which]
         weight, kernel = (layer.weight.chunk(2)[which] for layer in (self.kv, self.kv_dwconv))
         x = F.linear(x, weight).permute(0, 3, 1, 2)
         return F.conv2d(x, kernel, padding=1, groups=len(kernel)).permute(0, 2, 3, 1)

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from visionattn.layers.as_made import is_as_made
 from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
-from visionattn.layers.volumes import DownConv, SpectralSpatialConv, UpConv, VolumeConv
+from visionattn.layers.volumes import DownConv, SpectralSpatialConv, UpConv, VolumeConv, on_ndhwc
 from visionattn.models.frames.restorer import (
     RestorationInfo,
     Restorer,
@@ -58,6 +59,7 @@ class GuidedSpectralAttention(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_bands = num_bands
         self.query = query
         self.self_query_rate = self_query_rate
         self.queries = Linear(dim, num_bands, **dd)
@@ -70,13 +72,15 @@ class GuidedSpectralAttention(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """Rows of a map `[B, D, H, W, C]`, mixed and added to themselves."""
-        mixed = weights @ x.flatten(2)
+        mixed = (weights @ x.flatten(2)).view_as(x)
         # Bands are mixed alike in all channels and channels alike in all bands, so that the two projections
         # of values may follow the mixing as one.
-        return x + F.linear(mixed.view_as(x), self.proj.weight @ self.v.weight)
+        if is_as_made(Linear, self.proj, self.v):
+            return x + F.linear(mixed, self.proj.weight @ self.v.weight)
+        return x + self.proj(self.v(mixed))
 
     def _logits(self, means: Tensor) -> Tensor:
-        learnable = means.shape[1] == self.queries.out_features
+        learnable = means.shape[1] == self.num_bands
         if self.training and learnable:
             # Both are computed, so that every parameter takes part in every step, and the draw is PyTorch's,
             # so that recomputation in the backward pass repeats it.
@@ -125,7 +129,7 @@ class Block(nn.Module):
         return pixelwise(lambda rows: self.mlp(self.attn(rows, weights)), x, dim=2, into=x)
 
     def _normalise(self, x: Tensor) -> Tensor:
-        return self.bn(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        return on_ndhwc(self.bn, x)
 
 
 class HSDT(Restorer):
@@ -245,7 +249,7 @@ class HSDT(Restorer):
         y = self.forward_features(x.permute(0, 2, 3, 4, 1).contiguous())
 
         def tail(y: Tensor, x: Tensor) -> Tensor:
-            return x + self.tail(y)
+            return x + on_ndhwc(self.tail, y)
 
         return convolved(tail, y, x[:, :1].permute(0, 2, 3, 4, 1), halo=1, dim=2).permute(0, 4, 1, 2, 3)
 
@@ -319,6 +323,8 @@ _NAMES = Names(
     (".attn.ffn.w_1.", ".mlp.fc1."),
     (".attn.ffn.w_2.", ".mlp.fc2."),
     (".attn.ffn.w_3.", ".mlp.gated."),
+    ("^encoder.#.conv.weight$", "^encoder.#.conv.conv.weight$"),
+    ("^decoder.#.conv.weight$", "^decoder.#.conv.conv.weight$"),
     (".conv.dw_conv.0.", ".conv.spatial1."),
     (".conv.dw_conv.2.", ".conv.spatial2."),
     (".conv.pw_conv.", ".conv.spectral."),
@@ -352,7 +358,7 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
         "in_chans": ours["head.attn.queries.weight"][0],
         "embed_dim": ours["head.conv.spatial1.weight"][0],
         "depth": depth,
-        "downsample": tuple(i for i in range(depth) if f"encoder.{i}.conv.weight" in ours),
+        "downsample": tuple(i for i in range(depth) if f"encoder.{i}.conv.conv.weight" in ours),
         "noise_map": ours["head.conv.spatial1.weight"][1] == 2,
     }
 

@@ -71,7 +71,7 @@ class Downsample(nn.Module):
         self.proj = StridedConv2d(in_dim, dim, 2, stride=2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(fill_up(self.norm(x), (2, 2)))
+        return on_nhwc(self.proj, fill_up(self.norm(x), (2, 2)))
 
 
 class LocalConcentration(nn.Module):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from visionattn.layers.as_made import is_as_made
 from visionattn.layers.bands import convolved, folded, pixelwise
 from visionattn.models.frames.restorer import (
     RestorationInfo,
@@ -88,6 +89,8 @@ class SeparableHybridAttention(nn.Module):
         rows, columns = (x.mean(axis) + x.amax(axis) for axis in (3, 2))
         lines = torch.cat((rows, columns), 2)[..., None]
         rows, columns = self.act(self.reduce(self.shuffle(lines))).squeeze(3).split(x.shape[2:], 2)
+        if not is_as_made(nn.Conv2d, self.expand):
+            return self.expand(rows[..., None]), self.expand(columns[..., None, :])
         # One 3x3 kernel serves both; on maps of one column or row, all but its middle meets padding.
         weight, bias = self.expand.weight, self.expand.bias
         rows = F.conv1d(rows, weight[..., 1], bias, padding=1)[:, :, :, None]
@@ -134,6 +137,7 @@ class ContextualTransformer(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.neighbours = kernel_size**2
+        self.reach = kernel_size // 2
         self.key = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, bias=False, **dd)
         self.value = nn.Conv2d(dim, dim, 1, bias=False, **dd)
         self.att1 = nn.Conv2d(2 * dim, dim // 2, 1, bias=False, **dd)
@@ -142,15 +146,13 @@ class ContextualTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H, W]`."""
-        key = convolved(self.key, x, halo=self.key.kernel_size[0] // 2, dim=2)
+        key = convolved(self.key, x, halo=self.reach, dim=2)
         normalise = _instance_norm(key)
         key = pixelwise(lambda key: self.act(normalise(key)), key, dim=2, into=key)
         y = pixelwise(lambda key, x: self.att1(torch.cat((key, x), 1)), key, x, dim=2)
         normalise_y, value = _instance_norm(y), self.value(x)
         normalise_value = _instance_norm(value)
-        # The mean over the neighbours of a linear layer's outputs is the output of its mean.
-        weight, bias = (p.unflatten(0, (-1, self.neighbours)).mean(1) for p in self.att2.parameters())
-        logits = pixelwise(lambda y: F.conv2d(self.act(normalise_y(y)), weight, bias), y, dim=2)
+        logits = pixelwise(self._mean_attention(normalise_y), y, dim=2)
 
         def extend(total: Tensor, logits: Tensor, core: slice) -> Tensor:
             return torch.logaddexp(total, logits.flatten(2).logsumexp(-1))
@@ -162,6 +164,15 @@ class ContextualTransformer(nn.Module):
             return key + (logits - total).exp() * normalise_value(value)
 
         return pixelwise(mix, key, logits, value, dim=2, into=key)
+
+    def _mean_attention(self, normalise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What takes features to attention logits, the mean over the neighbours."""
+        if not is_as_made(nn.Conv2d, self.att2):
+            return lambda y: self.att2(self.act(normalise(y))).unflatten(1, (-1, self.neighbours)).mean(2)
+        # The mean over the neighbours of a linear layer's outputs is the output of its mean.
+        both: Any = (self.att2.weight, self.att2.bias)
+        weight, bias = (p.unflatten(0, (-1, self.neighbours)).mean(1) for p in both)
+        return lambda y: F.conv2d(self.act(normalise(y)), weight, bias)
 
 
 class AdaptiveFusion(nn.Module):
@@ -192,6 +203,11 @@ class Block(nn.Module):
         return pixelwise(self.aff, mha, cot, dim=2, into=mha)
 
 
+def _framed(x: Tensor) -> Tensor:
+    """A map with a reflected row or column more on every side: adapters of convolutions pad with zeros."""
+    return F.pad(x, (1, 1, 1, 1), mode="reflect")
+
+
 class Tail(nn.Module):
     """Features to a correction of the image in (-1, 1)."""
 
@@ -204,13 +220,13 @@ class Tail(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, padding_mode="reflect", **dd)
+        self.conv1 = nn.Conv2d(dim, dim, 3, **dd)
         self.act = nn.ELU()
         self.conv2 = nn.Conv2d(dim, in_chans, 3, padding=1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, in_chans, H, W]`."""
-        return self.conv2(self.act(self.conv1(x))).tanh()
+        return self.conv2(self.act(self.conv1(_framed(x)))).tanh()
 
 
 class Shallow(nn.Module):
@@ -265,7 +281,7 @@ class Density(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(2 * in_chans, dim, 3, padding=1, padding_mode="reflect", **dd)
+        self.conv1 = nn.Conv2d(2 * in_chans, dim, 3, **dd)
         self.act = nn.ELU()
         self.sha = SeparableHybridAttention(dim, **dd)
         self.conv2 = nn.Conv2d(dim, 1, 3, padding=1, **dd)
@@ -274,7 +290,7 @@ class Density(nn.Module):
         """Two images `[B, C, H, W]` to `[B, 1, H, W]` in (0, 1)."""
 
         def convolve(*images: Tensor) -> Tensor:
-            return self.act(self.conv1(torch.cat(images, 1)))
+            return self.act(self.conv1(_framed(torch.cat(images, 1))))
 
         y = self.sha(convolved(convolve, image, pseudo, halo=1, dim=2))
         return convolved(lambda y: self.conv2(y).sigmoid(), y, halo=1, dim=2)

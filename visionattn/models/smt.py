@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from visionattn.kernels import dense_attention
-from visionattn.layers.linear import Linear, Mlp, is_as_made, is_disposable, overwritten
+from visionattn.layers.as_made import is_as_made
+from visionattn.layers.linear import Linear, Mlp, is_disposable, overwritten
 from visionattn.layers.maps import on_nhwc
 from visionattn.models.frames.common import Block, build_backbone, drop_path_rates
 from visionattn.models.frames.pyramid import MapSequential, PatchEmbedding, Pyramid, Stage
@@ -77,7 +78,7 @@ class Modulation(nn.Module):
 
     def _mix(self, x: Tensor) -> Tensor:
         """The scales of every channel, one after the other, `[B, C, H, W]`, to mixed ones `[B, C', H, W]`."""
-        as_made = is_as_made(self.proj0, nn.Conv2d) and is_as_made(self.bn, nn.BatchNorm2d)
+        as_made = is_as_made(nn.Conv2d, self.proj0) and is_as_made(nn.BatchNorm2d, self.bn)
         if self.training or not (as_made and is_disposable()):
             return self.act(self.bn(self.proj0(x)))
         conv, bn = self.proj0, self.bn

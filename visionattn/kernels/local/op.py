@@ -255,7 +255,7 @@ def neighborhood_attention(
             `kernel_size * dilation`.
     """
     name = "neighborhood_attention"
-    pattern = _neighborhood(name, check_qkv(name, q, k, v), kernel_size, stride, dilation, is_causal)
+    pattern = _neighborhood(name, check_qkv(name, q, k, v), kernel_size, stride, dilation, is_causal, q)
     out, lse = _local_attention(name, q, k, v, pattern, bias, scale, return_lse)
     return out if lse is None else (out, lse)
 
@@ -294,7 +294,7 @@ def neighborhood_scores(
         ValueError: what `neighborhood_attention` raises it for.
     """
     name = "neighborhood_scores"
-    pattern = _neighborhood(name, check_qkv(name, q, k, k), kernel_size, stride, dilation, is_causal)
+    pattern = _neighborhood(name, check_qkv(name, q, k, k), kernel_size, stride, dilation, is_causal, q)
     if bias is not None:
         _check_bias(name, bias, q.shape[3], q, pattern)
     scores = NEIGHBORHOOD_SCORES(q, k, pattern, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -378,6 +378,7 @@ def _neighborhood(
     stride: int | tuple[int, int],
     dilation: int | tuple[int, int],
     is_causal: bool | tuple[bool, bool],
+    q: Tensor | None = None,
 ) -> Pattern:
     """The pattern of a neighborhood operator on a map of these sides."""
     kernel = pair("kernel_size", kernel_size)
@@ -390,7 +391,7 @@ def _neighborhood(
             raise ValueError(
                 f"{name}: kernel_size {n} with dilation {e} needs a {side} of at least {n * e}, got {size}; "
                 f"pad the map by {n * e - size} pixels or choose a smaller kernel or dilation"
-                f"{heads_first_hint(q)}"
+                f"{'' if q is None else heads_first_hint(q)}"
             )
     y, x = (
         neighborhood_axis(*numbers) for numbers in zip(sides, kernel, strides, dilations, map(bool, causal))

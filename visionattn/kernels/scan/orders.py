@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -44,13 +43,11 @@ def runs(orders: Sequence[str]) -> list[tuple[int, int, str]]:
     return [(a, b, orders[a]) for a, b in zip(borders, [*borders[1:], len(orders)])]
 
 
-@lru_cache(maxsize=64)
 def pixels(height: int, width: int, order: str, device: torch.device) -> Tensor:
     """The numbers of the pixels, `y * width + x`, in the order in which they are met; `[height * width]`."""
-    with torch.inference_mode(False):
-        index = torch.arange(height * width, device=device).view(height, width)
-        index = (index.mT if order.startswith("column") else index).flatten()
-        return index.flip(0) if order.endswith("-reversed") else index
+    index = torch.arange(height * width, device=device).view(height, width)
+    index = (index.mT if order.startswith("column") else index).flatten()
+    return index.flip(0) if order.endswith("-reversed") else index
 
 
 def to_sequences(x: Tensor, orders: Sequence[str]) -> Tensor:

@@ -160,14 +160,14 @@ class Block(nn.Module):
 
 
 class StridedConv2d(nn.Conv2d):
-    """A strided convolution of `[B, H, W, C]`, fast also where weights outnumber the pixels.
+    """A strided convolution, fast also where weights outnumber the pixels; for maps that are channels last.
 
     A convolution first copies its weights into another order, which for the small maps of late stages is most
     of the work; as a product of patches it takes them as they are. Arguments as `torch.nn.Conv2d`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H', W', C']`."""
+        """`[B, C, H, W]` to `[B, C', H', W']`."""
         x, padding = input, self.padding
         assert not isinstance(padding, str)
         (height, width), (step_y, step_x) = self.kernel_size, self.stride
@@ -175,10 +175,10 @@ class StridedConv2d(nn.Conv2d):
         plain = torch.compiler.is_compiling() or x.device.type != "cpu"
         area = height * width / (step_y * step_x)
         if plain or self.weight.numel() < _WEIGHTS_PER_NUMBER * x.numel() * area:
-            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+            return super().forward(x)
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
         patches = x.unfold(1, height, step_y).unfold(2, width, step_x).flatten(3)
-        return product(patches, self.weight.flatten(1), self.bias)
+        return product(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def resize_tokens(tokens: Tensor, size: Size, new_size: Size, mode: str) -> Tensor:

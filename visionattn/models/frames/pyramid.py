@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visionattn._compat import feature_take_indices
 from visionattn.layers.linear import Linear
-from visionattn.layers.maps import fill_up
+from visionattn.layers.maps import fill_up, on_nhwc
 from visionattn.models.frames.common import Size, StridedConv2d, check_size, init_linear, resize_tokens
 
 
@@ -114,7 +114,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, in_dim]` to `[B, H / stride, W / stride, dim]`."""
         x = fill_up(x, (self.stride, self.stride)) if self.fill else x
-        x = self.norm(self.proj(x))
+        x = self.norm(on_nhwc(self.proj, x))
         if self.pos_embed is None or self.size is None:
             return x
         return x + resize_tokens(self.pos_embed, self.size, (x.shape[1], x.shape[2]), "bilinear")
@@ -331,4 +331,4 @@ class Pyramid(nn.Module):
             ValueError: an input that is too small; the message says the smallest size.
         """
         check_size(x, self.min_size)
-        return self.stem(x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
+        return self.stem(x.permute(0, 2, 3, 1).contiguous())

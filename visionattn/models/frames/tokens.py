@@ -200,7 +200,7 @@ class TokenNetwork(nn.Module):
     def embed(self, x: Tensor) -> tuple[Tensor, Size]:
         """Images `[B, in_chans, H, W]` to tokens `[B, N, C]` with their positions, and their map's size."""
         check_size(x, self.min_size)
-        x = self.patch_embed(x.permute(0, 2, 3, 1))
+        x = self.patch_embed(x).permute(0, 2, 3, 1)
         size = (x.shape[1], x.shape[2])
         token = self.cls_token
         if self.pos_embed is not None and self.size is not None:
