@@ -55,7 +55,7 @@ class ObjectEntry(TypedDict):
     __pydantic_config__ = _IGNORE_MORE  # type: ignore[misc]
     image_id: int
     category_id: int
-    bbox: tuple[_Number, _Number, _Number, _Number]
+    bbox: Annotated[list[_Number], Field(min_length=4, max_length=4)]
     area: NotRequired[Annotated[float, Field(ge=0, allow_inf_nan=False)] | None]
     iscrowd: NotRequired[Annotated[int, Field(ge=0, le=1)] | None]
     segmentation: NotRequired[Any]

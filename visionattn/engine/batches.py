@@ -159,9 +159,13 @@ def _loader(dataset: Dataset, batch_size: int, config: TrainConfig, **kwargs: An
 class _Loader(DataLoader):
     """A loader that names the file which cannot be read any more, though it could before the run."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
+        return self._naming(super().__iter__())  # which draws its seed now, not at the first sample
+
+    @staticmethod
+    def _naming(samples: Iterator[Any]) -> Iterator[Any]:
         try:
-            yield from super().__iter__()
+            yield from samples
         except (ImageError, FileNotFoundError) as error:
             # A worker process sends its traceback as the message, whose last line is the sentence.
             sentence = str(error).strip().splitlines()[-1].removeprefix("visionattn.data.decode.ImageError: ")

@@ -75,8 +75,9 @@ class RunFolder:
             if (self.path / "config.yaml").exists() and not (self.path / _STARTS).exists():
                 raise InputError(f"{self.path} holds a config.yaml that no run wrote: choose another output")
             remove_half_written(self.path)
-            self.write_text("config.yaml", dump_yaml(config.model_dump(mode="json")))
+            # In this order: a configuration without it is none of a run.
             self.write_json(_STARTS, [*self._starts(), _environment(device)])
+            self.write_text("config.yaml", dump_yaml(config.model_dump(mode="json")))
 
     def _starts(self) -> list[Any]:
         """The starts before this one.
