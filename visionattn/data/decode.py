@@ -189,7 +189,7 @@ def _deep_levels(image: Any, content: bytes) -> np.ndarray | None:
     if _is_deep_grey(image):
         levels, key = _grey_levels(image), image.info.get("transparency")
         return levels if key is None else _with_key(levels[..., None], key)
-    (tile, *_) = image.tile or [("", None, 0, "")]
+    tile: Any = image.tile[0] if image.tile else ("", None, 0, "")
     if image.format == "PPM" and image.mode == "RGB" and tile[0].startswith("ppm") and tile[3][1] > 255:
         return _ppm_colors(image, content, plain=tile[0] == "ppm_plain")
     raw = _raw_mode(tile)
