@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run cannot go on for a reason outside the program; the message is one sentence for the user."""
+
+
+class WriteError(RunError):
+    """A file cannot be written: the place is none, the name too long, the permission missing."""
 
 
 class LostProcess(RunError):
@@ -28,14 +33,32 @@ def as_input_error(context: str, *kinds: type[Exception]) -> Iterator[None]:
 
     Args:
         context: what was attempted, for instance ``"cannot read data.root"``.
-        kinds: the exception classes to translate; `InputError` and `RunError` pass unchanged.
+        kinds: the exception classes to translate; `InputError` passes unchanged, and so does a `RunError`
+            that is not named itself.
     """
     try:
         yield
-    except (InputError, RunError):
+    except InputError:
         raise
     except kinds as error:
+        # A `WriteError` is named to be translated; `RuntimeError` means others than those of a run.
+        if isinstance(error, RunError) and type(error) not in kinds:
+            raise
         raise InputError(f"{context}: {one_line(error)}") from error
+
+
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|could not|failed to|unable to) (allocate|create a (primitive|memory))"
+    r"|not enough memory|bad_alloc",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's own, or one of PyTorch and of what it calls."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -45,6 +45,17 @@ def test_pieces_of_truths_and_inputs_are_pairs(run_tool: Run, folder: Path):
         assert torch.equal(pair["lq"], small[:, y : y + 16, x : x + 16] / 255)
 
 
+def test_pieces_of_images_whose_sizes_stand_in_their_names(run_tool: Run, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    names = ("wall_64x48", "wall_64x40", "door_x4")
+    for name in names:
+        to_pil(torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)).save(tmp_path / f"in/{name}.png")
+    arguments = ("pieces", f"{tmp_path}/in", f"{tmp_path}/out", "--size", "32", "--step", "16")
+    assert run_tool("prepare.py", *arguments)[1] == f"18 images in {tmp_path}/out\n"
+    expected = {f"{name}_s{number:03d}.png" for name in names for number in range(1, 7)}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == expected
+
+
 def test_lmdb(run_tool: Run, folder: Path):
     pytest.importorskip("lmdb")
     status, printed, _ = run_tool("prepare.py", "lmdb", f"{folder}/HR", f"{folder}/HR.lmdb")

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from visionattn.data.coco import CocoImages, encode_mask
+from visionattn.data.coco import CocoImages
+from visionattn.data.coco_format import encode_mask
+from visionattn.data.decode import ImageError
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
 SQUARE = np.zeros((20, 30), dtype=np.uint8)
@@ -54,7 +56,7 @@ def write(tmp_path: Path):
 )
 def test_every_kind_of_mask(write, segmentation: Any):
     images = CocoImages(*write(entry(segmentation=segmentation)))
-    assert dict(images.broken_objects()) == {}
+    assert images.broken_objects() == {}
     pixels, target = images[0]
     assert pixels.shape == (3, 20, 30)
     assert torch.equal(target["masks"], torch.from_numpy(SQUARE)[None])
@@ -111,16 +113,27 @@ def test_results_go_back_into_the_format(write):
         ({"bbox": [-3, 5, 12, 5]}, "its bbox [-3, 5, 12, 5] lies outside the image"),
         ({"bbox": [4, 5, 0, 5]}, "its bbox [4, 5, 0, 5] is empty"),
         ({"bbox": [4, 5, "8", 5]}, "its bbox must be 4 numbers"),
+        ({"bbox": [4, 5, 8]}, "its bbox must be 4 numbers"),
+        ({"bbox": None}, "its bbox must be 4 numbers"),
+        ({"image_id": [10]}, "its image_id should be a valid integer, but is [10]"),
+        ({"category_id": [3]}, "its category_id should be a valid integer, but is [3]"),
+        ({"area": "large"}, "its area should be a valid number"),
+        ({"iscrowd": 2}, "its iscrowd should be less than or equal to 1, but is 2"),
         (
             {"segmentation": encode_mask(SQUARE.T)},
             "its mask has the size [30, 20], but the image is [20, 30]",
         ),
-        ({"segmentation": {"size": [20, 30]}}, "its mask has no counts"),
+        ({"segmentation": {"size": [20, 30]}}, "of its mask, it has no counts"),
+        ({"segmentation": {"size": [20, 30], "counts": [85, 5]}}, "its mask cannot be decoded"),
+        ({"segmentation": {"size": [20, 30], "counts": [85, 5.5]}}, "of its mask, its counts"),
+        ({"segmentation": {"size": [20, 30], "counts": "hello world"}}, "its mask cannot be decoded"),
+        ({"segmentation": {"size": [20, 30], "counts": [900]}, "iscrowd": 1}, "its mask cannot be decoded"),
         ({"segmentation": []}, "it has no mask"),
-        ({"segmentation": [[1, 2, 3, 4]]}, "its mask has an outline of fewer than three points"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "of its mask, its 0 List should have at least 6 items"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "its mask has an outline of half a point"),
         (
             {"segmentation": [[1, 2, 3, 4, None, 4]]},
-            "its mask has an outline with an entry that is not a number",
+            "of its mask, its 0.4 should be a valid number, but is None",
         ),
         ({"segmentation": [[1, 2, 3, 4, 3, 25]]}, "its mask passes the border of the image by 5 pixels"),
     ],
@@ -129,18 +142,17 @@ def test_results_go_back_into_the_format(write):
 def test_broken_objects_are_named_and_can_be_left_out(write, changes: dict[str, Any], reason: str):
     folder, file = write(entry(), entry(id=2, **changes))
     images = CocoImages(folder, file)
-    ((index, sentence),) = images.broken_objects()
+    ((index, sentence),) = images.broken_objects().items()
     assert index == 1
     assert sentence.startswith(f"{file}: annotations[1]")
     assert reason in sentence
-    images.remove_objects([1])
     assert len(images[0][1]["boxes"]) == 1
     assert len(images.truth()["annotations"]) == 1
 
 
 def test_a_border_passed_by_rounding_is_no_error(write):
     images = CocoImages(*write(entry(bbox=[22.5, 5, 8, 15.5])))
-    assert dict(images.broken_objects()) == {}
+    assert images.broken_objects() == {}
     assert images[0][1]["boxes"].tolist() == [[22.5, 5, 30, 20]]
 
 
@@ -167,15 +179,57 @@ def test_broken_images_are_named_and_can_be_left_out(write):
     ("changes", "sentence"),
     [
         ({"images": []}, "lists no images"),
-        ({"images": [{"id": 1}]}, r"images\[0\] needs the entries file_name, height, id, width"),
         ({"categories": None}, "no list 'categories'"),
         ({"categories": [*CATEGORIES, CATEGORIES[0]]}, "two categories have one id"),
-        ({"annotations": ["x"]}, r"annotations\[0\] needs"),
+        ({"categories": [*CATEGORIES, {"id": 9, "name": "dog"}]}, "two categories have one name, 'dog'"),
+        ({"categories": [*CATEGORIES, {"id": "x", "name": "cow"}]}, r"categories\[2\]: its id should be"),
+        ({"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}] * 2}, "two images have one id, 1"),
     ],
 )
 def test_files_that_are_not_in_the_format(write, changes: dict[str, Any], sentence: str):
     with pytest.raises(ValueError, match=sentence):
         CocoImages(*write(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"height": None}, "of 10.png: its height should be a valid integer, but is None"),
+        ({"height": 0}, "its height should be greater than 0, but is 0"),
+        ({"width": 30.5}, "its width should be a valid integer"),
+        ({"file_name": 10}, "its file_name should be a valid string, but is 10"),
+        ({"file_name": ""}, "its file_name String should have at least 1 character"),
+    ],
+)
+def test_broken_entries_of_images_are_named_and_can_be_left_out(write, changes: dict[str, Any], reason: str):
+    folder, file = write(entry(), entry(id=2, image_id=4, bbox=[1, 2, 3, 4], segmentation=OUTLINE))
+    content = json.loads(file.read_text())
+    content["images"][0].update(changes)
+    content["images"].append("x")
+    file.write_text(json.dumps(content))
+    images = CocoImages(folder, file)
+    assert str(images.why_broken(0)).startswith(f"{file}: images[0]")
+    assert reason in str(images.why_broken(0))
+    assert f"{file}: images[2]: " in str(images.why_broken(2))
+    with pytest.raises(ImageError, match=r"images\[0\]"):
+        images[0]
+    assert images.broken_objects() == {}  # the object of the broken image goes with it
+    images.remove_images([0, 2])
+    assert [image["id"] for image in images.truth()["images"]] == [4]
+    assert [found["image_id"] for found in images.truth()["annotations"]] == [4]
+
+
+def test_numbers_in_other_clothes(write):
+    """Sides and ids as floats, which some tools write, and lists that say null for what is left open."""
+    folder, file = write(entry(id=1.0, image_id=10.0, category_id=3.0, area=None, iscrowd=None))
+    content = json.loads(file.read_text())
+    content["images"][0].update(width=30.0, height="20")
+    file.write_text(json.dumps(content))
+    images = CocoImages(folder, file)
+    assert images.why_broken(0) is None
+    assert images[0][1]["labels"].tolist() == [1]
+    (found,) = images.truth()["annotations"]
+    assert (found["area"], found["iscrowd"], found["image_id"]) == (40, 0, 10)
 
 
 def test_missing_files(write):

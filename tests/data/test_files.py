@@ -23,7 +23,8 @@ from visionattn.data.files import (
 )
 from visionattn.data.images import ImageError, read_image, to_pil
 from visionattn.data.paired import PairedImages, TrainingCrops
-from visionattn.data.prepare import make_lmdb
+from visionattn.data.pictures import Picture, read_picture, write_picture
+from visionattn.data.prepare import cut_pieces, make_lmdb
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -236,3 +237,79 @@ def test_truths_are_cut_to_their_inputs(tmp_path: Path):
     to_pil(picture(16, 15)).save(tmp_path / "lq.png")
     with pytest.raises(ImageError, match="not 2 times the 16x15"):
         PairedImages(*files, cut="centre")
+
+
+def test_lmdb_keys_with_blanks_dots_and_folders(tmp_path: Path):
+    pytest.importorskip("lmdb")
+    names = ["a b", "c.d (1)", " e", "f (3,4,3) 1"]
+    for name in names:
+        (tmp_path / "gt").mkdir(exist_ok=True)
+        to_pil(picture(8, 8)).save(tmp_path / f"gt/{name}.png")
+    make_lmdb(tmp_path / "gt", tmp_path / "gt.lmdb")
+    stored = list_by_stem(tmp_path / "gt.lmdb")
+    assert sorted(stored) == sorted(names)
+    for name, source in stored.items():
+        assert torch.equal(read_planes(source, 3), read_image(tmp_path / f"gt/{name}.png"))
+    meta = tmp_path / "gt.lmdb/meta_info.txt"
+    meta.write_text("000/1.png (8,8,3) 1\n001/1.png (8,8,3) 1\n")
+    assert list(list_by_stem(tmp_path / "gt.lmdb")) == ["000/1", "001/1"]
+    meta.write_text("1.png (8,8,3) 1\n1.jpg (8,8,3) 1\n")
+    with pytest.raises(ValueError, match="has the key '1' twice"):
+        list_by_stem(tmp_path / "gt.lmdb")
+    meta.write_bytes("Größe.png (8,8,3) 1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"meta_info\.txt is not UTF-8"):
+        list_by_stem(tmp_path / "gt.lmdb")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\u2028b", "a\udcff"])
+def test_names_that_cannot_be_keys_are_refused_before_anything_is_written(tmp_path: Path, name: str):
+    pytest.importorskip("lmdb")
+    (tmp_path / "gt").mkdir()
+    to_pil(picture(8, 8)).save(tmp_path / f"gt/{name}.png")
+    with pytest.raises(ValueError, match="cannot be a key of an LMDB"):
+        make_lmdb(tmp_path / "gt", tmp_path / "gt.lmdb")
+    assert [file.name for file in tmp_path.iterdir()] == ["gt"]
+
+
+def test_16_bits_and_transparency_go_through_lmdb_and_pieces(tmp_path: Path):
+    pytest.importorskip("lmdb")
+    deep = torch.randint(0, 65536, (4, 8, 8), generator=GENERATOR).float() / 65535
+    write_picture(Picture(deep[:3], deep[3:], bits=16), tmp_path / "gt/a.png")
+    make_lmdb(tmp_path / "gt", tmp_path / "gt.lmdb")
+    assert cut_pieces(tmp_path / "gt.lmdb", tmp_path / "pieces", 4, 4) == 4
+    assert (tmp_path / "gt.lmdb/meta_info.txt").read_text() == "a.png (8,8,4) 1\n"
+    (source,) = list_by_stem(tmp_path / "gt.lmdb").values()
+    torch.testing.assert_close(read_planes(source, 3), deep[:3], rtol=0, atol=0)
+    piece = read_picture(tmp_path / "pieces/a_s004.png")
+    assert piece.bits == 16
+    assert piece.alpha is not None
+    torch.testing.assert_close(torch.cat((piece.color, piece.alpha)), deep[:, 4:, 4:], rtol=0, atol=0)
+
+
+def test_training_on_16_bits(tmp_path: Path):
+    """Crops and their reduced inputs are those of the whole picture, of which no bit is lost."""
+    deep = torch.randint(0, 65536, (3, 16, 16), generator=GENERATOR).float() / 65535
+    write_picture(Picture(deep, bits=16), tmp_path / "gt/a.png")
+    images = PairedImages(list_by_stem(tmp_path / "gt"), 2)
+    torch.testing.assert_close(images[0]["gt"], deep, rtol=0, atol=0)
+    assert torch.equal(images[0]["lq"], bicubic_low_resolution(deep, 2) / 255)
+    lq, gt = images.random_crop(0, 8)
+    assert torch.equal(gt, images[0]["gt"])
+    assert lq is not None
+    assert torch.equal(lq / 255, images[0]["lq"])
+
+
+def test_deep_depth_maps_of_other_formats(tmp_path: Path):
+    depth = np.random.default_rng(0).integers(0, 65536, (6, 7))
+    (tmp_path / "a.pgm").write_bytes(b"P5\n7 6\n65535\n" + depth.astype(">u2").tobytes())
+    Image.fromarray((depth / 65535).astype(np.float32)).save(tmp_path / "b.tif")
+    for name in ("a.pgm", "b.tif"):
+        np.testing.assert_allclose(read_depth(tmp_path / name)[0], depth / 65535, rtol=1e-6)
+
+
+def test_an_input_of_two_truths_is_refused(tmp_path: Path):
+    for name in ("clear/1", "clear/1_1", "hazy/1_1_0.9", "hazy/1_2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        to_pil(picture(8, 8)).save(tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match=r"hazy/1_1_0\.9\.png may be the input of 1 and of 1_1"):
+        pair_files(tmp_path / "clear", tmp_path / "hazy", "{}_*")

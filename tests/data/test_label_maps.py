@@ -103,3 +103,28 @@ def test_missing_files(folders: tuple[Path, Path], tmp_path: Path):
         FileNotFoundError, match=r"1 of 2 images in .* have no class map: there is no .*b\.png"
     ):
         LabelMaps(*folders, 3)
+
+
+def test_linked_folders_and_hidden_ones(folders: tuple[Path, Path], tmp_path: Path):
+    for kind, place in zip(("images", "labels"), folders, strict=True):
+        save(tmp_path / f"real_{kind}/1.png", CLASSES)
+        (place / "city").symlink_to(tmp_path / f"real_{kind}")
+        save(place / ".ipynb_checkpoints/a-checkpoint.png", CLASSES)
+    maps = LabelMaps(*folders, num_classes=3)
+    assert [maps.path(index).name for index in range(len(maps))] == ["a.jpg", "b.jpg", "1.png"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(256, "the value 256 would become"), (3, "the value 3, beyond")]
+)
+def test_values_that_no_class_has(folders: tuple[Path, Path], value: int, reason: str):
+    wrong = CLASSES.astype(np.uint16)
+    wrong[1, 1] = value
+    save(folders[1] / "b.png", wrong)
+    assert reason in str(LabelMaps(*folders, num_classes=2, reduce_zero_label=True).why_broken(1))
+
+
+def test_a_lost_image_is_named(folders: tuple[Path, Path], tmp_path: Path):
+    (folders[0] / "a.jpg").unlink()
+    (folders[0] / "a.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert "a.jpg" in str(LabelMaps(*folders, num_classes=3).why_broken(0))

@@ -101,6 +101,7 @@ def test_yaml_scalars(base: Path, text: str, value: object) -> None:
         ("schedule.name=points", "a points schedule needs points"),
         ("task=clasification", "unknown task 'clasification': did you mean classification?"),
         ("task=null", "the configuration names no task"),
+        ("task=[classification]", "unknown task ['classification']"),
         ("train.seed", "an override reads key=value"),
         ("train..seed=1", "an override reads key=value"),
         ("train.seed=[1", "cannot read train.seed=[1 as YAML"),
@@ -120,6 +121,13 @@ def test_wrong_options_get_one_sentence(base: Path, override: str, sentence: str
         ("- a\n- b\n", "must hold `key: value` lines, but holds a list"),
         ("a: [1\n", "as YAML"),
         ("a: 1\na: 2\n", "key 'a' is given twice"),
+        ("_base_: 5\n", "_base_ must be a path or a list of paths, but is 5"),
+        ("_base_: [5]\n", "_base_ must be a path or a list of paths"),
+        ("5: a\n", "5 is no name of an option"),
+        ("a: !!float x\n", "as YAML"),
+        ("a: !!timestamp x\n", "as YAML"),
+        ("a: " + "[" * 3000, "as YAML"),
+        ("a: " + "9" * 5000, "as YAML"),
         ("_base_: own.yaml\n", "includes itself"),
         ("_base_: missing.yaml\n", "there is no configuration file"),
     ],
@@ -157,3 +165,19 @@ def test_resolved_configuration_reads_back(base: Path, tmp_path: Path) -> None:
 def test_base_class_validates_alone() -> None:
     config = parse_config({"task": "any", "model": {"name": "a"}, "schedule": {"steps": 5}}, RunConfig)
     assert config.schedule.length == 5
+
+
+def test_encodings_of_yaml(tmp_path: Path) -> None:
+    path, text = tmp_path / "a.yaml", "# Größe\ntask: classification\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_bytes(text.encode(encoding))
+        assert read_config(path)["task"] == "classification"
+    for encoding in ("latin-1", "utf-16"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(InputError, match=r"cannot read .*a\.yaml as UTF-8"):
+            read_config(path)
+
+
+def test_names_of_classes_are_given_once(base: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.class_names: the name 'a' is given twice"):
+        load_config(base, ["data.class_names=[a, b, a]"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from visionattn.checkpoints import save_checkpoint, save_folder
+from visionattn.engine.config import RunConfig
 from visionattn.engine.recorder import CsvLog
 from visionattn.engine.run_folder import RunFolder, find_weights, read_state, run_of, trained_weights
 from visionattn.errors import InputError
@@ -107,3 +108,30 @@ def test_a_damaged_description_is_one_sentence(tmp_path: Path) -> None:
     save_checkpoint(nn.Linear(2, 2), tmp_path / "w.safetensors", {"config": "[1]"})
     with pytest.raises(InputError, match="must hold `key: value` pairs, but is a list"):
         run_of(tmp_path / "w.safetensors")
+
+
+def test_a_configuration_of_the_users_own_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("# mine")
+    config = RunConfig.model_validate({"task": "a", "model": {"name": "b"}, "schedule": {"steps": 1}})
+    with pytest.raises(InputError, match=r"holds a config\.yaml that no run wrote"):
+        RunFolder(tmp_path).start(config, "cpu")
+    assert (tmp_path / "config.yaml").read_text() == "# mine"
+    RunFolder(tmp_path / "run").start(config, "cpu")
+    RunFolder(tmp_path / "run").start(config, "cpu")  # killed before it saved anything
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("environment.json", "{", r"cannot read .*environment\.json, which is none of a run"),
+        ("environment.json", "5", "it holds a int"),
+        ("metrics.csv", "a,b\n1,2\n", r"metrics\.csv is not the table of a run"),
+        ("metrics.csv", "step,epoch\nx,2\n", r"metrics\.csv is not the table of a run"),
+    ],
+)
+def test_files_of_others_in_the_folder_are_named(
+    tmp_path: Path, name: str, content: str, sentence: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=sentence):
+        CsvLog(tmp_path / name, 9) if name == "metrics.csv" else RunFolder(tmp_path)._starts()

@@ -87,6 +87,7 @@ def test_images_are_classified_by_a_network_and_its_checkpoint(images: Path, tmp
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
     results = dict(predict_files("test_vit", images, checkpoint=str(tmp_path / "weights.safetensors"), top=3))
     assert isinstance(results[images / "broken.png"], ImageError)
+    assert not (tmp_path / "predictions").exists()
     named = results[images / "a.png"]
     assert isinstance(named, list)
     assert len(named) == 3

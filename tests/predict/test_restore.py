@@ -310,3 +310,91 @@ def test_grey_pictures_through_a_network_for_colours_are_said(
     grey = timm.create_model("cfsr_x2", in_chans=1, **kwargs).eval()
     list(restore_files(grey, files, tmp_path / "out"))
     assert capsys.readouterr().err == ""
+
+
+def save(path: Path, height: int = 6, width: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(height, width, 3)).save(path)
+    return path
+
+
+def test_no_result_takes_the_place_of_an_input(tmp_path: Path):
+    for name in ("p.png", "p_x2.png"):
+        save(tmp_path / f"p/{name}")
+    before = (tmp_path / "p/p_x2.png").read_bytes()
+    with pytest.raises(InputError, match=r"p_x2\.png would replace the input"):
+        list(restore_files(Identity(), pictures.list_pictures(tmp_path / "p"), tmp_path / "p"))
+    assert sorted(file.name for file in (tmp_path / "p").iterdir()) == ["p.png", "p_x2.png"]
+    assert (tmp_path / "p/p_x2.png").read_bytes() == before
+
+
+def test_as_many_results_as_inputs(tmp_path: Path):
+    files = [save(tmp_path / f"in/{name}") for name in ("a.png", "a.jpg", "a.png.png", "A.bmp")]
+    written = [result for _, result in restore_files(Identity(), files, tmp_path / "out")]
+    assert len(set(written)) == len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_a_folder_job_names_what_cannot_be_used_and_goes_on(tmp_path: Path):
+    """Names too long for a result, links to nowhere, places that are taken: each is a sentence."""
+    long = save(tmp_path / "in" / ("n" * 249 + ".png"))
+    lost = tmp_path / "in/lost.png"
+    lost.symlink_to(tmp_path / "nowhere")
+    taken, good = save(tmp_path / "in/taken.png"), save(tmp_path / "in/z.png")
+    (tmp_path / "out/taken_x2.png").mkdir(parents=True)
+    results = dict(restore_files(Identity(), pictures.list_pictures(tmp_path / "in"), tmp_path / "out"))
+    assert results[good] == tmp_path / "out/z_x2.png"
+    for file, reason in ((long, "file name too long"), (lost, "No such file"), (taken, "is a folder")):
+        assert isinstance(results[file], ImageError)
+        assert str(file) in str(results[file])
+        assert reason in str(results[file])
+
+
+def test_output_that_is_a_file_is_refused_before_work_starts(tmp_path: Path):
+    (tmp_path / "out").touch()
+    with pytest.raises(InputError, match=r"cannot write to .*out is no folder"):
+        next(restore_files(Identity(), [save(tmp_path / "a.png")], tmp_path / "out"))
+
+
+class Hungry(Identity):
+    """Has no memory for what is wider than 8 pixels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] > 8:
+            raise self.error
+        return super().forward(x)
+
+    error: BaseException = MemoryError()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("could not create a primitive"),
+    ],
+    ids=str,
+)
+def test_where_memory_runs_out_the_budget_is_named_and_work_goes_on(tmp_path: Path, error: BaseException):
+    net = Hungry()
+    net.error = error
+    large, small = save(tmp_path / "a.png", 6, 9), save(tmp_path / "b.png")
+    results = dict(restore_files(net, [large, small], tmp_path / "out"))
+    assert str(results[large]).startswith(
+        f"{large}: memory ran out; set the memory budget (--memory-budget 2GB)"
+    )
+    assert results[small] == tmp_path / "out/b_x2.png"
+    net.error = RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match="a defect"):
+        list(restore_files(net, [large], tmp_path / "out"))
+
+
+def test_sides_that_jpeg_has_not_are_refused_before_the_network_runs(tmp_path: Path):
+    net = Hungry()
+    net.error = AssertionError("the network ran")
+    wide = save(tmp_path / "wide.png", 5, 32_751)
+    ((_, error),) = restore_files(net, [wide], tmp_path / "out", RestoreOptions(format="jpeg"))
+    assert "10x65502 pixels, but a side of jpeg has at most 65500; choose PNG" in str(error)

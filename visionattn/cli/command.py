@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import math
 import os
@@ -14,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visionattn.errors import InputError, LostProcess, RunError, as_input_error, nearest
-from visionattn.files import replacing
+from visionattn.errors import InputError, LostProcess, RunError, is_out_of_memory, nearest, one_line
+from visionattn.files import check_folder, refuse_inputs, replacing, why_unwritable
 
 
 def new_parser(description: str | None, examples: str) -> ArgumentParser:
@@ -45,12 +46,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 @contextmanager
-def exit_status() -> Iterator[None]:
+def exit_status(to_save_memory: str = "give smaller images") -> Iterator[None]:
     """Turn wrong input inside of the block into exit status 2, a run that cannot go on into 1.
 
     Each is said in one sentence on stderr. Every other exception is a defect of the program and keeps its
-    traceback. A command that comes to its end leaves the block by `sys.exit`.
+    traceback. A command that comes to its end leaves the block by `sys.exit`. Names of files that the console
+    cannot show are printed with escapes.
+
+    Args:
+        to_save_memory: what to do where memory runs out.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # PyTorch, which is not imported yet, then asks Linux for large pages; with small ones a light network
     # takes twice the time on a CPU, and a training step a fifth more.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -66,6 +74,16 @@ def exit_status() -> Iterator[None]:
         sys.exit(2)
     except RunError as error:
         _say(f"stopped: {error}", everywhere=isinstance(error, LostProcess))
+        sys.exit(1)
+    except OSError as error:  # as the first question about a file may raise it
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _say(f"error: {one_line(error)}")
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _say(f"stopped: memory ran out ({one_line(error)}); {to_save_memory}")
         sys.exit(1)
 
 
@@ -100,6 +118,18 @@ def report_files(results: Iterable[tuple[Path, Any]], count: int | None = None) 
     return 2 if broken else 0
 
 
+def check_target(path: str | Path, *inputs: str | Path | None) -> None:
+    """Refuse a place where no file can be written, or where one of the inputs lies, before work starts.
+
+    Raises:
+        InputError: one sentence on what stands in the way.
+    """
+    if (reason := why_unwritable(Path(path))) is not None:
+        raise InputError(f"cannot write {path}: {reason}")
+    check_folder(Path(path).parent)
+    refuse_inputs([Path(path)], [Path(file) for file in inputs if file is not None])
+
+
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a table as CSV, complete or not at all.
 
@@ -108,7 +138,8 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         rows: mappings of the same keys, which become the columns.
 
     Raises:
-        InputError: there are no rows, or the place cannot be written to.
+        InputError: there are no rows.
+        RunError: the place cannot be written to.
     """
     if not rows:
         raise InputError(f"there are no figures of single samples to write to {path}")
@@ -116,8 +147,9 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with as_input_error(f"cannot write {path}", OSError), replacing(Path(path)) as beside:
-        beside.write_text(table.getvalue(), encoding="utf-8", newline="")
+    with replacing(Path(path)) as beside:
+        # Names that are no text keep the bytes that they have on the disk.
+        beside.write_text(table.getvalue(), encoding="utf-8", errors="surrogateescape", newline="")
 
 
 class Requirement(NamedTuple):

@@ -7,8 +7,9 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
-from visionattn.cli.command import exit_status, new_parser
+from visionattn.cli.command import check_target, exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/convert.py HAT_SRx4.pth
@@ -48,6 +49,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     if arguments.model:
         check_network_name(arguments.model)
     settings = parse_pairs(arguments.overrides)
+    if arguments.target is not None and not Path(arguments.target).is_dir():
+        check_target(arguments.target, arguments.source)
     with as_input_error(f"cannot convert {arguments.source}", ValueError, OSError):
         file, texts = find_weights(arguments.source)
         if arguments.target is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from visionattn.cli.command import (
     add_checkpoint,
     check_requirements,
+    check_target,
     exit_status,
     new_parser,
     parse_requirements,
@@ -47,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    with exit_status():
+    with exit_status("lower train.eval_batch_size"):
         sys.exit(_evaluate(parse_arguments(arguments)))
 
 
@@ -58,6 +60,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from visionattn.engine.task import NamedImages
 
     parse_requirements(arguments.require)
+    if arguments.csv:
+        config_file = Path(arguments.source, "config.yaml")
+        check_target(arguments.csv, arguments.source, config_file, arguments.checkpoint)
     named = NamedImages(arguments.data, arguments.inputs, arguments.template, arguments.self_ensemble)
     config = tasks.load_trained_config(arguments.source, arguments.overrides, arguments.checkpoint, named)
     task = tasks.create_task(config)

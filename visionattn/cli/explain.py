@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    with exit_status():
+    with exit_status("lower --context"):
         sys.exit(_explain(parse_arguments(arguments)))
 
 

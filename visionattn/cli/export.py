@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from visionattn.cli.command import exit_status, new_parser
+from visionattn.cli.command import check_target, exit_status, new_parser
 
 EXAMPLE = """examples:
   python tools/export.py HAT_SRx4.pth hat_x4.onnx --size 64 64
@@ -52,6 +52,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from visionattn.errors import RunError, as_input_error
     from visionattn.integrations.export import ExportError, export_network
 
+    check_target(arguments.target, arguments.source)
     format = arguments.format or ("onnx" if arguments.target.endswith(".onnx") else "program")
     with as_input_error(f"cannot export {arguments.source}", ValueError, OSError, TypeError):
         given = parse_pairs(arguments.overrides)

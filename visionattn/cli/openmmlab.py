@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visionattn.cli.command import check_requirements, exit_status, new_parser, parse_requirements
+from visionattn.errors import as_input_error
 
 EXAMPLE = """examples:
   python tools/openmmlab.py scenes data/scenes
@@ -54,11 +55,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "scenes":
         from visionattn.data.scenes import scenes_folder
 
-        print(scenes_folder(arguments.folder))
+        with as_input_error(f"cannot write the scenes to {arguments.folder}", OSError, ModuleNotFoundError):
+            print(scenes_folder(arguments.folder))
         return
     requirements = parse_requirements(getattr(arguments, "require", ()))
-    from visionattn.errors import as_input_error
-
     with as_input_error(f"cannot {arguments.command} with OpenMMLab", ImportError):
         from visionattn.integrations import openmmlab
         from visionattn.integrations.openmmlab import runs

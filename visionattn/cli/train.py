@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    with exit_status():
+    with exit_status("lower train.batch_size, for which train.accumulate makes up"):
         sys.exit(_train(parse_arguments(arguments)))
 
 

@@ -12,27 +12,20 @@ from __future__ import annotations
 import fnmatch
 import glob
 import importlib
-import io
 import os
+import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from visionattn.data.images import (
-    EXTENSIONS,
-    ImageError,
-    decoding,
-    list_images,
-    open_image,
-    to_grey,
-    to_tensor,
-)
+from visionattn.data.decode import ImageError, decode, decoding, opened, read_bytes
+from visionattn.data.images import EXTENSIONS, list_images, to_grey
 
 CUBE_EXTENSIONS = frozenset({".npy", ".mat"})
 _LARGEST_VALUE = 4  # noise may leave [0, 1], but a cube that reaches further holds counts
@@ -55,11 +48,11 @@ ImageSource = Path | LmdbImage
 
 
 def read_planes(source: ImageSource, channels: int, role: Role = "gt") -> Tensor:
-    """An image or cube as `[channels, H, W]`: uint8 from an image, float32 from a cube.
+    """An image or cube as `[channels, H, W]`: uint8, or float32 in [0, 1] from 16 bits and from cubes.
 
     Args:
         source: a file, or an image of an LMDB.
-        channels: 3, or 1 (colour becomes rounded luma), or the bands of a cube.
+        channels: 3, or 1 (colour becomes luma, of 8 bits rounded), or the bands of a cube.
         role: which array of a `.mat` file is meant.
 
     Raises:
@@ -71,9 +64,25 @@ def read_planes(source: ImageSource, channels: int, role: Role = "gt") -> Tensor
         return _read_cube(source, channels, role)
     if channels not in (1, 3):
         raise ImageError(f"{source}: an image file has no {channels} bands; give cubes as .npy or .mat")
-    content = io.BytesIO(_lmdb_value(source)) if isinstance(source, LmdbImage) else None
-    image = to_tensor(open_image(str(source), content))
-    return to_grey(image) if channels == 1 else image
+    levels = decode(source, source_bytes(source)).levels
+    deep = levels.dtype == np.uint16
+    image = torch.from_numpy(np.moveaxis(levels, -1, 0).astype(np.float32 if deep else np.uint8))
+    image = image[: (len(image) - 1) // 2 * 2 + 1]  # without transparency
+    image = image / 65535 if deep else image
+    if len(image) == channels:
+        return image
+    return to_grey(image) if channels == 1 else image.expand(3, -1, -1)
+
+
+def source_bytes(source: ImageSource) -> bytes:
+    """The content of a file, or of an image of an LMDB.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageError: it cannot be read, or the database has no such image.
+        ModuleNotFoundError: LMDB needs a package that is not installed.
+    """
+    return _lmdb_value(source) if isinstance(source, LmdbImage) else read_bytes(source)
 
 
 def read_depth(source: ImageSource) -> Tensor:
@@ -83,13 +92,15 @@ def read_depth(source: ImageSource) -> Tensor:
         FileNotFoundError: there is no such file.
         ImageError: it is damaged, or has several channels.
     """
-    if isinstance(source, Path) and source.suffix.lower() not in CUBE_EXTENSIONS:
-        with decoding(source), Image.open(source) as image:
-            array = np.array(image)
-    elif isinstance(source, Path):
+    if not isinstance(source, Path):
+        raise ImageError(f"{source}: depth maps are read from files, not from LMDB")
+    if source.suffix.lower() in CUBE_EXTENSIONS:
         array = _load_array(source, "gt")
     else:
-        raise ImageError(f"{source}: depth maps are read from files, not from LMDB")
+        content, array = read_bytes(source), None
+        with opened(source, content) as image:
+            array = np.array(image) if image.mode == "F" else None
+        array = decode(source, content).levels if array is None else array
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.ndim != 2:
         raise ImageError(f"{source}: a depth map has one channel, but this has the shape {array.shape}")
@@ -108,16 +119,45 @@ def list_by_stem(place: str | Path) -> dict[str, ImageSource]:
         meta = place / "meta_info.txt"
         if not meta.is_file():
             raise FileNotFoundError(f"there is no LMDB {place} with a meta_info.txt")
-        keys = [line.split()[0] for line in meta.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not keys:
-            raise FileNotFoundError(f"the LMDB {place} lists no image in its meta_info.txt")
-        return {Path(key).stem: LmdbImage(str(place), Path(key).stem) for key in keys}
+        keys = _lmdb_keys(meta)
+        return {key: LmdbImage(str(place), key) for key in keys}
     sources: dict[str, ImageSource] = {}
     for file in list_images(place, EXTENSIONS | CUBE_EXTENSIONS):
         if file.stem in sources:
             raise ValueError(f"two images share a name: {sources[file.stem]} and {file}")
         sources[file.stem] = file
     return sources
+
+
+def _lmdb_keys(meta: Path) -> list[str]:
+    """The keys in a `meta_info.txt`; they may hold blanks, dots and slashes.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the file is not UTF-8, or has a key twice.
+    """
+    try:
+        lines = meta.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{meta} is not UTF-8: {error}") from error
+    # What follows the name may be missing.
+    names = [re.sub(r" \(\d+, ?\d+, ?\d+\) \d+\s*$", "", line) for line in lines if line.strip()]
+    keys = [os.path.splitext(name)[0] for name in names]
+    if not keys:
+        raise FileNotFoundError(f"the LMDB {meta.parent} lists no image in its meta_info.txt")
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
+        raise ValueError(f"{meta} has the key {twice[0]!r} twice")
+    return keys
+
+
+def check_lmdb_key(key: str) -> None:
+    """Refuse a name that an LMDB and its `meta_info.txt` would not give back.
+
+    Raises:
+        ValueError: it holds a line break, or bytes that are no text.
+    """
+    if key.splitlines() != [key] or key.encode("utf-8", "replace").decode() != key:
+        raise ValueError(f"the name {key!r} cannot be a key of an LMDB: it holds a line break or no text")
 
 
 def pair_files(
@@ -133,7 +173,8 @@ def pair_files(
 
     Raises:
         FileNotFoundError: a place is missing or empty, or true images have no input.
-        ValueError: the template has no `{}`, or two images of one folder have the same stem.
+        ValueError: the template has no `{}`, two images of one folder have the same stem, or an input may be
+            that of two truths.
     """
     truths = list_by_stem(gt_place)
     if lq_place is None:
@@ -155,7 +196,11 @@ def pair_files(
         )
     if not several:
         return truths, {name: available[stems[0]] for name, stems in partners.items()}
-    owner = {stem: name for name, stems in partners.items() for stem in stems}
+    owner: dict[str, str] = {}
+    for name, stem in ((name, stem) for name, stems in partners.items() for stem in stems):
+        if stem in owner:
+            raise ValueError(f"{available[stem]} may be the input of {owner[stem]} and of {name}")
+        owner[stem] = name
     return {stem: truths[name] for stem, name in owner.items()}, {stem: available[stem] for stem in owner}
 
 
@@ -178,23 +223,26 @@ def _read_cube(file: Path, channels: int, role: Role) -> Tensor:
 def _load_array(file: Path, role: Role) -> np.ndarray:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    try:
-        array = np.load(file, allow_pickle=False) if file.suffix.lower() == ".npy" else _load_mat(file, role)
-    # Damaged files show themselves in any of these ways; MATLAB's v7.3 is another format (HDF5).
-    except (OSError, ValueError, EOFError, TypeError, NotImplementedError) as error:
-        raise ImageError(f"{file}: {error}") from error
+    npy = file.suffix.lower() == ".npy"
+    loadmat = None if npy else _import_loadmat()
+    with decoding(file):  # MATLAB's v7.3 is another format (HDF5), which its reader says
+        array = np.load(file, allow_pickle=False) if loadmat is None else _load_mat(loadmat, file, role)
     if array.dtype.kind not in "fiu":
         raise ImageError(f"{file}: holds no numbers but {array.dtype}")
     return array
 
 
-def _load_mat(file: Path, role: Role) -> np.ndarray:
+def _import_loadmat() -> Callable[..., Mapping[str, Any]]:
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "reading .mat files needs scipy: pip install visionattn[hyperspectral]"
         ) from error
+    return loadmat
+
+
+def _load_mat(loadmat: Callable[..., Mapping[str, Any]], file: Path, role: Role) -> np.ndarray:
     arrays: Mapping[str, Any] = {k: v for k, v in loadmat(file).items() if not k.startswith("__")}
     if role in arrays:
         return arrays[role]

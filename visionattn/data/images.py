@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_MORE_THAN_8_BITS = ("I", "F")
+from visionattn.data.decode import ImageError as ImageError
+from visionattn.data.decode import as_rgb, opened
 
-
-class ImageError(ValueError):
-    """An image file cannot be used; the message names the file and the reason."""
-
-
-@contextmanager
-def decoding(path: object) -> Iterator[None]:
-    """Turn what decoders raise at damaged files into an `ImageError` that names the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ImageError: the file is not an image, is damaged, or is dangerously large.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not an image file, or of an unknown format") from error
-    # Pillow's decoders report damage by any of these, depending on the format.
-    except (OSError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: {error}") from error
+EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
-    """The image of a file as 8-bit RGB, upright (EXIF orientation applied), fully decoded.
+    """The image of a file as 8-bit RGB, upright, fully decoded; see `decode.as_rgb`.
 
     Args:
         path: the file.
@@ -48,13 +26,10 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImageError: the file is not an image, is damaged, is dangerously large, or holds more than 8 bits per
-            channel (which a conversion would clip silently).
+        ImageError: the file is not an image, is damaged, is dangerously large, or has pixels of 32 bits.
     """
-    with decoding(path), Image.open(content or path) as image:
-        if image.mode.startswith(_MORE_THAN_8_BITS):
-            raise ImageError(f"{path}: {image.mode} pixels have more than 8 bits; convert them first")
-        return ImageOps.exif_transpose(image).convert("RGB")
+    with opened(path, content) as image:
+        return as_rgb(image, path)
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -63,12 +38,15 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def to_grey(image: Tensor) -> Tensor:
-    """uint8 `[3, H, W]` as uint8 `[1, H, W]`: an image of equal channels as it is, others as rounded luma.
+    """Colours `[3, H, W]` as one channel `[1, H, W]`: an image of equal channels as it is, others as luma.
 
     So do the evaluations of grey networks: the files of grey sets pass unchanged, those of colour become Y.
+    uint8 stays uint8, and its luma is rounded; floats in [0, 1] stay such.
     """
     if torch.equal(image[0], image[1]) and torch.equal(image[1], image[2]):
         return image[:1]
+    if image.is_floating_point():
+        return rgb_to_y(255 * image) / 255
     return rgb_to_y(image).round().to(torch.uint8)
 
 
@@ -99,7 +77,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def list_images(folder: str | Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
-    """The image files directly in `folder`, by name.
+    """The image files directly in `folder`, by name. Hidden ones are none; links to nowhere are listed.
 
     Args:
         folder: where to look.
@@ -111,7 +89,34 @@ def list_images(folder: str | Path, extensions: Collection[str] = EXTENSIONS) ->
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in extensions and file.is_file())
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in extensions and not is_hidden(file) and not file.is_dir()
+    )
     if not files:
         raise FileNotFoundError(f"the folder {folder} holds no image ({', '.join(sorted(extensions))})")
     return files
+
+
+def walk_files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """All files in a folder and its folders in order, linked folders too, without what is hidden.
+
+    `above` are the folders on the way down: a link back up to one of them would never end.
+    """
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for entry in sorted(folder.iterdir()):
+        if is_hidden(entry):
+            continue
+        if entry.is_dir():
+            yield from walk_files(entry, (*above, here))
+        else:
+            yield entry
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is none of the user's own: `.ipynb_checkpoints`, `._photo.jpg`."""
+    return path.name.startswith(".")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from visionattn.data.images import EXTENSIONS, ImageError, decoding, open_image, to_tensor
+from visionattn.data.decode import ImageError, opened, orientation, upright
+from visionattn.data.images import EXTENSIONS, open_image, to_tensor, walk_files
 
 IGNORED = 255  # pixels of this value in a class map are neither learned nor judged
 
@@ -54,7 +54,7 @@ class LabelMaps(Dataset):
             if not folder.is_dir():
                 raise FileNotFoundError(f"there is no folder of {kind} {folder}")
         self.files: list[tuple[Path, Path]] = []
-        for image in sorted(images.rglob("*")):
+        for image in walk_files(images):
             suffix = image_suffix or (image.suffix if image.suffix.lower() in EXTENSIONS else None)
             if suffix and image.name.endswith(suffix):
                 relative = str(image.relative_to(images)).removesuffix(suffix)
@@ -96,12 +96,12 @@ class LabelMaps(Dataset):
         try:
             height, width = open_image(image).size[::-1]
             classes = self._classes(labels)
-        except ImageError as error:
+        except (ImageError, FileNotFoundError) as error:
             return f"sample {index}: {error}"
         if classes.shape != (height, width):
             shape = f"{classes.shape[0]}x{classes.shape[1]}"
             return f"sample {index}: {labels} has {shape} pixels, but {image} has {height}x{width}"
-        wrong = classes[(classes >= self.num_classes) & (classes != IGNORED)]
+        wrong = classes[((classes >= self.num_classes) | (classes < 0)) & (classes != IGNORED)]
         if len(wrong):
             value = int(wrong[0]) + self.reduce_zero_label
             return f"sample {index}: {labels} has the value {value}, beyond the {self.num_classes} classes"
@@ -115,18 +115,22 @@ class LabelMaps(Dataset):
     def _classes(self, path: Path) -> Tensor:
         classes = torch.from_numpy(read_class_map(path).astype(np.int64))
         if self.reduce_zero_label:
+            if (classes == IGNORED + 1).any():
+                raise ImageError(f"{path}: the value {IGNORED + 1} would become that of ignored pixels")
             classes = torch.where((classes == 0) | (classes == IGNORED), IGNORED, classes - 1)
         return classes
 
 
 def read_class_map(path: str | Path) -> np.ndarray:
-    """The values of a class map `[H, W]`, of a palette its indices.
+    """The values of a class map `[H, W]`, upright as the image is; of a palette its indices.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ImageError: the file is not an image, is damaged, or has colours in place of classes.
     """
-    with decoding(path), Image.open(path) as image:
-        values = np.asarray(image)
+    with opened(path) as image:
+        image.load()
+        values = upright(np.asarray(image), orientation(image))
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise ImageError(f"{path}: a class map has one whole number per pixel, but this is of another kind")
     return values

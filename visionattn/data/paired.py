@@ -17,10 +17,10 @@ from numpy.random import RandomState
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from visionattn.data.decode import ImageError
 from visionattn.data.degradations.pipeline import Degradation
 from visionattn.data.degradations.resize import bicubic_low_resolution, modcrop
 from visionattn.data.files import ImageSource, read_depth, read_planes, shorten
-from visionattn.data.images import ImageError
 
 # Benchmarks cut their truths to multiples of 12 pixels before they reduce them.
 _LARGEST_REMAINDER = 12
@@ -168,7 +168,7 @@ class PairedImages(Dataset):
     def _check(self, name: str) -> tuple[Tensor | None, Tensor] | str:
         try:
             return self._read(name)
-        except ImageError as error:
+        except (ImageError, FileNotFoundError) as error:
             return str(error)
 
 

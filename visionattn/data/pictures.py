@@ -5,26 +5,29 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 from torch import Tensor
 
-from visionattn.data.images import EXTENSIONS, ImageError, decoding, list_images
+from visionattn.data.decode import ImageError, decode, read_bytes
+from visionattn.data.images import EXTENSIONS, list_images
+from visionattn.errors import RunError, one_line
 from visionattn.files import replacing
 
 Format = Literal["png", "jpeg", "webp"]
 
 #: endings of the files that `list_pictures` finds
-PICTURE_EXTENSIONS = EXTENSIONS | {".avif", ".gif", ".jfif", ".jp2", ".jpe", ".tga"}
+PICTURE_EXTENSIONS = EXTENSIONS | {".avif", ".gif", ".jfif", ".jp2", ".jpe", ".mpo", ".pnm", ".tga"}
 
-_ORIENTATION = 0x0112  # the EXIF tag
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_RGB, _PNG_RGBA = 2, 6
+_LONGEST_SIDE = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # what the formats allow, in pixels
 
 
 @dataclass(frozen=True)
@@ -60,126 +63,109 @@ def list_pictures(place: str | Path) -> list[Path]:
     return list_images(place, PICTURE_EXTENSIONS)
 
 
-def read_picture(path: str | Path) -> Picture:
+def read_picture(path: str | Path, content: bytes | None = None) -> Picture:
     """Decode an image file.
 
-    Grey, colour and palette images of 8 bits in any format of Pillow, opaque grey ones of 16 bits, and
-    colours of 16 bits in PNG. Colours of printing (CMYK) become RGB, by their profile if the file brings one.
+    Grey, colour and palette images in any format of Pillow; those of 16 bits per channel in PNG, TIFF, PPM
+    and PGM keep them. Colours of printing (CMYK) become RGB, by their profile if the file brings one.
+
+    Args:
+        path: the file.
+        content: its bytes, if it lies elsewhere than on the disk; `path` then only names it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImageError: the file is no image, is damaged, animated, or dangerously large, or has pixels of another
             kind.
     """
-    with decoding(path):
-        content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise ImageError(
-                    f"{path}: animated or of several pages ({frames}); only single images are restored"
-                )
-            image.load()
-            pixels, bits, profile = _pixels(image, content, str(path))
-            exif, orientation = image.getexif(), image.getexif().get(_ORIENTATION, 1)
-    exif.pop(_ORIENTATION, None)
-    pixels = _upright(pixels, orientation)
+    levels, profile, exif = decode(path, read_bytes(path) if content is None else content)
+    bits = 8 * levels.itemsize
+    pixels = torch.from_numpy(levels.astype(np.float32)).permute(2, 0, 1) / (2**bits - 1)
     colors = (pixels.shape[0] - 1) // 2 * 2 + 1
     alpha = pixels[colors:] if pixels.shape[0] > colors else None
-    return Picture(pixels[:colors], alpha, bits, profile, exif.tobytes() if len(exif) else None)
+    return Picture(pixels[:colors], alpha, bits, profile, exif)
 
 
-def write_picture(picture: Picture, path: Path, format: Format = "png") -> None:
+def check_format(path: Path, format: Format, height: int, width: int, transparent: bool) -> None:
+    """Refuse a picture that a format cannot hold, so that it need not be computed first.
+
+    Raises:
+        ImageError: JPEG and transparency, or a side that is too long.
+    """
+    if format == "jpeg" and transparent:
+        raise ImageError(f"{path}: JPEG cannot hold transparency; choose PNG or WebP")
+    if max(height, width) > _LONGEST_SIDE[format]:
+        raise ImageError(
+            f"{path}: {height}x{width} pixels, but a side of {format} has at most {_LONGEST_SIDE[format]}; "
+            "choose PNG"
+        )
+
+
+def write_picture(picture: Picture, path: Path, format: Format = "png", compression: int = 6) -> None:
     """Write a file, which is there whole or not at all.
 
     PNG keeps 16 bits per channel; the other formats have 8.
 
+    Args:
+        picture: what is written.
+        path: where to.
+        format: of the file, whatever its ending.
+        compression: of PNG, from 1, fast, to 9, small.
+
     Raises:
         ImageError: the format cannot hold the picture.
-        RunError: the disk is full.
+        RunError: the disk is full, or the place cannot be written to.
     """
-    if format == "jpeg" and picture.alpha is not None:
-        raise ImageError(f"{path}: JPEG cannot hold transparency; choose PNG or WebP")
+    height, width = picture.color.shape[1:]
+    check_format(path, format, height, width, picture.alpha is not None)
+    content = encode_picture(picture, path, format, compression)
+    with replacing(path) as beside:
+        beside.write_bytes(content)
+
+
+def encode_picture(picture: Picture, path: object, format: Format = "png", compression: int = 6) -> bytes:
+    """The content of a file, as `write_picture` writes it; `path` names it in the `ImageError`."""
     parts = [picture.color] if picture.alpha is None else [picture.color, picture.alpha]
     scale = 65535 if picture.bits == 16 and format == "png" else 255
-    levels = (torch.cat(parts).clamp(0, 1) * scale).round().permute(1, 2, 0).contiguous().numpy()
-    with replacing(path) as beside:
+    with _encoding(path):
+        levels = (torch.cat(parts).clamp(0, 1) * scale).round().permute(1, 2, 0).contiguous().numpy()
         if scale == 65535:
-            beside.write_bytes(_png_of_16_bits(levels.astype(">u2"), picture.profile, picture.exif))
-            return
-        image = Image.fromarray(
-            levels.astype(np.uint8).squeeze(-1) if levels.shape[2] == 1 else levels.astype(np.uint8)
-        )
-        options: dict[str, Any] = {"quality": 95} if format != "png" else {}
+            return _png_of_16_bits(levels.astype(">u2"), picture.profile, picture.exif, compression)
+        grey = levels.shape[2] == 1
+        image = Image.fromarray(levels.astype(np.uint8)[..., 0] if grey else levels.astype(np.uint8))
+        options: dict[str, Any] = {"compress_level": compression} if format == "png" else {"quality": 95}
         options |= {"icc_profile": picture.profile} if picture.profile else {}
         options |= {"exif": picture.exif} if picture.exif else {}
-        try:
-            image.save(beside, format=format, **options)
-        except ValueError as error:  # sides beyond what the format allows
-            raise ImageError(f"{path}: {error}") from error
+        content = io.BytesIO()
+        image.save(content, format=format, **options)
+        return content.getvalue()
 
 
 def write_png(image: Image.Image, path: Path) -> None:
     """Write an image as it is, as a PNG file that is there whole or not at all.
 
     Raises:
-        RunError: the disk is full.
+        ImageError: it cannot be encoded.
+        RunError: the disk is full, or the place cannot be written to.
     """
-    with replacing(path) as beside:
+    with _encoding(path), replacing(path) as beside:
         image.save(beside, format="PNG")
 
 
-def _pixels(image: Image.Image, content: bytes, path: str) -> tuple[Tensor, int, bytes | None]:
-    """Channels `[C, H, W]` in [0, 1], bits per channel, and the profile that describes them."""
-    profile = image.info.get("icc_profile")
-    if image.format == "PNG" and content[24] == 16 and content[25] in (_PNG_RGB, _PNG_RGBA):
-        return _colors_of_16_bits(image, content), 16, profile
-    if image.mode.startswith("I;16"):
-        return torch.from_numpy(np.array(image).astype(np.float32))[None] / 65535, 16, profile
-    if image.mode in ("I", "F"):
-        raise ImageError(f"{path}: pixels of 32 bits; convert them to 8 or 16 bits first")
-    transparent = image.has_transparency_data
-    # A profile describes the colours before their conversion.
-    kept = None if image.mode in ("CMYK", "HSV", "LAB", "YCbCr") else profile
-    if image.mode == "CMYK" and profile:
-        image = _to_srgb(image, profile, path)
-    grey = image.mode in ("1", "L", "LA", "La")
-    mode = ("LA" if grey else "RGBA") if transparent else ("L" if grey else "RGB")
-    levels = np.atleast_3d(np.array(image.convert(mode)))
-    return torch.from_numpy(levels).permute(2, 0, 1).float() / 255, 8, kept
-
-
-def _colors_of_16_bits(image: Image.Image, content: bytes) -> Tensor:
-    """Channels `[C, H, W]` of a PNG file, of which Pillow decodes the upper byte of every number.
-
-    Read as if the lower byte came first, it gives the lower one.
-    """
-    with Image.open(io.BytesIO(content)) as lower:
-        lower.tile = [(*tile[:3], tile[3].replace("16B", "16L")) for tile in lower.tile]  # type: ignore
-        levels = np.array(image).astype(np.float32) * 256 + np.array(lower)
-    return torch.from_numpy(levels).permute(2, 0, 1) / 65535
-
-
-def _to_srgb(image: Image.Image, profile: bytes, path: str) -> Image.Image:
+@contextmanager
+def _encoding(path: object) -> Iterator[None]:
+    """Turn whatever encoders raise into an `ImageError`: the one definition of "cannot be encoded"."""
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        target = ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-    except ImageCms.PyCMSError as error:
-        raise ImageError(f"{path}: its colour profile cannot be used: {error}") from error
-    assert converted is not None  # as nothing was asked to happen in place
-    return converted
+        yield
+    except (ImageError, RunError):
+        raise
+    except MemoryError as error:
+        raise ImageError(f"{path}: there is not enough memory to write it") from error
+    except Exception as error:  # encoders fail at sizes, profiles and EXIF data in many ways
+        raise ImageError(f"{path}: {one_line(error)}") from error
 
 
-def _upright(pixels: Tensor, orientation: int) -> Tensor:
-    """Turn `[C, H, W]` by the orientation of EXIF, 1 to 8."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 2)
-    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
-    return pixels.flip(flips) if flips else pixels
-
-
-def _png_of_16_bits(levels: np.ndarray, profile: bytes | None, exif: bytes | None) -> bytes:
+def _png_of_16_bits(levels: np.ndarray, profile: bytes | None, exif: bytes | None, compression: int) -> bytes:
     """A PNG file of big-endian levels `[H, W, 1 to 4]`; Pillow writes such files for grey only."""
     height, width, channels = levels.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
@@ -190,7 +176,7 @@ def _png_of_16_bits(levels: np.ndarray, profile: bytes | None, exif: bytes | Non
         chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)))
     if exif:
         chunks.append((b"eXIf", exif.removeprefix(b"Exif\0\0")))
-    chunks += [(b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
+    chunks += [(b"IDAT", zlib.compress(rows.tobytes(), compression)), (b"IEND", b"")]
     return _PNG + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from visionattn.data.files import import_lmdb, list_by_stem
-from visionattn.data.images import open_image
-from visionattn.files import replacing
+from visionattn.data.files import ImageSource, check_lmdb_key, import_lmdb, list_by_stem, source_bytes
+from visionattn.data.pictures import Picture, encode_picture, read_picture, write_picture
+from visionattn.files import check_folder, replacing
 
 _PNG_LEVEL = 1  # BasicSR's: decoding is what must be fast
 
@@ -21,8 +21,9 @@ _PNG_LEVEL = 1  # BasicSR's: decoding is what must be fast
 def cut_pieces(folder: str | Path, output: str | Path, size: int, step: int) -> int:
     """Cut the images of a folder into overlapping squares, which are read faster than whole images.
 
-    The last row and column of pieces end at the borders of the image. Pieces are called `0001_s001.png`; the
-    scale in the name of an input, as in `0001x4.png`, is left out, so that inputs and truths bear one name.
+    The last row and column of pieces end at the borders of the image. Pieces are called `0001_s001.png`; a
+    scale in which the names of all files end, as in `0001x4.png`, is left out, so that inputs and truths bear
+    one name. Bits per channel, transparency and profile stay as they are.
 
     Args:
         folder: image files.
@@ -42,20 +43,19 @@ def cut_pieces(folder: str | Path, output: str | Path, size: int, step: int) -> 
     if size < 1 or step < 1:
         raise ValueError(f"size and step must be at least 1, got {size} and {step}")
     files = list_by_stem(folder)
+    names = _without_scale(list(files))
 
     def cut(stem: str) -> int:
-        image = open_image(str(files[stem]))
-        if min(image.size) < size:
-            raise ValueError(f"{files[stem]}: {image.height}x{image.width} pixels are less than {size}")
-        name = re.sub(r"x\d+$", "", stem)
-        corners = [
-            (top, left)
-            for top in _starts(image.height, size, step)
-            for left in _starts(image.width, size, step)
-        ]
+        picture = _read(files[stem])
+        height, width = picture.color.shape[1:]
+        if min(height, width) < size:
+            raise ValueError(f"{files[stem]}: {height}x{width} pixels are less than {size}")
+        corners = [(top, left) for top in _starts(height, size, step) for left in _starts(width, size, step)]
         for number, (top, left) in enumerate(corners, start=1):
-            piece = image.crop((left, top, left + size, top + size))
-            piece.save(beside / f"{name}_s{number:03d}.png", compress_level=_PNG_LEVEL)
+            cut = (slice(None), slice(top, top + size), slice(left, left + size))
+            alpha = None if picture.alpha is None else picture.alpha[cut]
+            piece = replace(picture, color=picture.color[cut], alpha=alpha)
+            write_picture(piece, beside / f"{names[stem]}_s{number:03d}.png", compression=_PNG_LEVEL)
         return len(corners)
 
     with _new_folder(Path(output)) as beside, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -63,7 +63,7 @@ def cut_pieces(folder: str | Path, output: str | Path, size: int, step: int) -> 
 
 
 def make_lmdb(folder: str | Path, database: str | Path) -> int:
-    """Store the images of a folder as an LMDB that this library and BasicSR read.
+    """Store the images of a folder as an LMDB that this library and BasicSR read, with all of their bits.
 
     Args:
         folder: image files.
@@ -73,7 +73,8 @@ def make_lmdb(folder: str | Path, database: str | Path) -> int:
         How many images it holds.
 
     Raises:
-        ValueError: the name does not end in .lmdb, or something is at its place.
+        ValueError: the name does not end in .lmdb, something is at its place, or a file has a name that
+            cannot be a key.
         FileNotFoundError: the folder is missing or holds no image.
         ImageError: a file is not an image.
         ModuleNotFoundError: the package lmdb is not installed.
@@ -82,13 +83,17 @@ def make_lmdb(folder: str | Path, database: str | Path) -> int:
     if database.suffix != ".lmdb":
         raise ValueError(f"an LMDB must be called *.lmdb, not {database}")
     lmdb, files, lines = import_lmdb(), list_by_stem(folder), []
+    for key in files:
+        check_lmdb_key(key)
     with _new_folder(database) as beside:
         environment = lmdb.open(str(beside), map_size=1 << 30, sync=False)
         for key, file in files.items():
-            image, content = open_image(str(file)), io.BytesIO()
-            image.save(content, format="PNG", compress_level=_PNG_LEVEL)
-            _put(environment, key, content.getvalue(), lmdb.MapFullError)
-            lines.append(f"{key}.png ({image.height},{image.width},3) {_PNG_LEVEL}\n")
+            picture = _read(file)
+            content = encode_picture(picture, file, compression=_PNG_LEVEL)
+            _put(environment, key, content, lmdb.MapFullError)
+            channels = len(picture.color) + (picture.alpha is not None)
+            height, width = picture.color.shape[1:]
+            lines.append(f"{key}.png ({height},{width},{channels}) {_PNG_LEVEL}\n")
         environment.sync(True)
         environment.close()
         (beside / "meta_info.txt").write_text("".join(lines), encoding="utf-8")
@@ -98,11 +103,24 @@ def make_lmdb(folder: str | Path, database: str | Path) -> int:
 @contextmanager
 def _new_folder(place: Path) -> Iterator[Path]:
     """A folder to fill, which takes its place when the block ends well."""
-    if place.exists():
+    if os.path.lexists(place):
         raise ValueError(f"there is something at {place} already")
+    check_folder(place.parent)
     with replacing(place) as beside:
         beside.mkdir()
         yield beside
+
+
+def _read(source: ImageSource) -> Picture:
+    """A picture without its EXIF data, which training does not need."""
+    return replace(read_picture(str(source), source_bytes(source)), exif=None)
+
+
+def _without_scale(stems: list[str]) -> dict[str, str]:
+    """Names by stems: without the scale in which all of them end, or as they are."""
+    found = {re.sub(r"^.*(x\d)$|^.*$", r"\1", stem) for stem in stems}
+    scale = found.pop() if len(found) == 1 else ""
+    return {stem: stem.removesuffix(scale) for stem in stems}
 
 
 def _starts(side: int, size: int, step: int) -> list[int]:

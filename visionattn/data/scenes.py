@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from visionattn.data.coco import encode_mask
+from visionattn.data.coco_format import encode_mask
 from visionattn.data.digits import CLASS_NAMES as DIGIT_NAMES
 from visionattn.data.digits import Digits
 from visionattn.data.images import open_image

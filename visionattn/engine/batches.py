@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from visionattn.data.decode import ImageError
 from visionattn.engine.config import TrainConfig
 from visionattn.engine.distributed import process_count, process_index
 from visionattn.errors import InputError, RunError
@@ -145,7 +146,7 @@ def _loader(dataset: Dataset, batch_size: int, config: TrainConfig, **kwargs: An
     tell_workers = getattr(dataset, "set_loader_cfg", None)
     if tell_workers is not None:
         tell_workers(num_workers=config.workers)
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=batch_size,
         num_workers=config.workers,
@@ -153,6 +154,22 @@ def _loader(dataset: Dataset, batch_size: int, config: TrainConfig, **kwargs: An
         pin_memory=torch.cuda.is_available(),
         **kwargs,
     )
+
+
+class _Loader(DataLoader):
+    """A loader that names the file which cannot be read any more, though it could before the run."""
+
+    def __iter__(self) -> Any:
+        return self._naming(super().__iter__())  # which draws its seed now, not at the first sample
+
+    @staticmethod
+    def _naming(samples: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from samples
+        except (ImageError, FileNotFoundError) as error:
+            # A worker process sends its traceback as the message, whose last line is the sentence.
+            sentence = str(error).strip().splitlines()[-1].removeprefix("visionattn.data.decode.ImageError: ")
+            raise RunError(f"a sample cannot be read: {sentence}") from error
 
 
 def batch_count(loader: Iterable[Any]) -> int | None:

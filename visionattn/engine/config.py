@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from visionattn.engine.yaml_io import dump_value, parse_value, read_yaml
 from visionattn.errors import InputError, join_words, nearest
@@ -40,6 +41,15 @@ class Section(pydantic.BaseModel):
         changed = [name for name in names if getattr(self, name) != fields[name].get_default()]
         if changed:
             raise ValueError(f"{join_words(changed, 'and')} would be ignored: {reason}")
+
+
+def _no_name_twice(names: list[str]) -> list[str]:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the name {twice[0]!r} is given twice")
+    return names
+
+
+UniqueNames = Annotated[list[str], Field(min_length=1), AfterValidator(_no_name_twice)]
 
 
 class ModelConfig(Section):
@@ -207,6 +217,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     path = Path(path)
     path = path / "config.yaml" if path.is_dir() else path
     config = override_config(_read_with_bases(path, ()), overrides)
+    if odd := [key for key in config if not isinstance(key, str)]:
+        raise InputError(f"{path}: {odd[0]!r} is no name of an option or section")
     if config.get("output") is None:
         config["output"] = f"runs/{path.parent.name if path.name == 'config.yaml' else path.stem}"
     return config
@@ -283,8 +295,11 @@ def _read_with_bases(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"{path} includes itself through _base_")
     config = read_yaml(path)
     bases = config.pop("_base_", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise InputError(f"{path}: _base_ must be a path or a list of paths, but is {bases!r}")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         merged = merge_sections(merged, _read_with_bases(path.parent / base, (*parents, path.resolve())))
     return merge_sections(merged, config)
 
@@ -364,6 +379,8 @@ def _format_type(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _format_type(arguments[0])
     if typing.get_origin(annotation) is Literal:
         return "|".join(map(str, arguments))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

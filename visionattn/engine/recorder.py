@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from visionattn.engine.config import RunConfig
 from visionattn.engine.state import TrainingState
+from visionattn.errors import as_input_error
 from visionattn.files import replacing, writing
 
 
@@ -36,10 +37,13 @@ class CsvLog:
         self.columns = ["step", "epoch", "split"]
         rows: list[dict[str, str]] = []
         if path.exists():
-            whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0]
-            reader = csv.DictReader(io.StringIO(whole_lines))
             last = {"train": step, "eval": step - unjudged}
-            rows = [row for row in reader if int(row["step"]) <= last.get(row["split"], step)]
+            with as_input_error(
+                f"{path} is not the table of a run", ValueError, KeyError, TypeError, csv.Error
+            ):
+                whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0]
+                reader = csv.DictReader(io.StringIO(whole_lines))
+                rows = [row for row in reader if int(row["step"]) <= last.get(row["split"], step)]
             self.columns = list(reader.fieldnames or self.columns)
         self._rewrite(rows)
 

@@ -30,14 +30,15 @@ from visionattn.checkpoints.reading import as_texts, read_metadata
 from visionattn.data.pictures import write_png
 from visionattn.engine.config import RunConfig
 from visionattn.engine.yaml_io import dump_yaml, read_yaml
-from visionattn.errors import InputError, as_input_error
-from visionattn.files import remove_half_written, replacing
+from visionattn.errors import InputError, WriteError, as_input_error
+from visionattn.files import check_folder, remove_half_written, replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _STATE = "checkpoints/last.state.pt"
 _CONFIG = "config"  # under which the metadata of weights hold the configuration of their run
+_STARTS = "environment.json"
 _VERSIONED = ("visionattn", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
@@ -71,12 +72,27 @@ class RunFolder:
 
     def start(self, config: RunConfig, device: str) -> None:
         """Write what a reader needs to repeat the run, and remove what a killed one left half-written."""
-        with as_input_error(f"cannot write the run folder {self.path}", OSError):
+        with as_input_error(f"cannot write the run folder {self.path}", OSError, WriteError):
+            check_folder(self.path)
+            if (self.path / "config.yaml").exists() and not (self.path / _STARTS).exists():
+                raise InputError(f"{self.path} holds a config.yaml that no run wrote: choose another output")
             remove_half_written(self.path)
+            # In this order: a configuration without it is none of a run.
+            self.write_json(_STARTS, [*self._starts(), _environment(device)])
             self.write_text("config.yaml", dump_yaml(config.model_dump(mode="json")))
-            starts_file = self.path / "environment.json"
-            starts = json.loads(starts_file.read_text(encoding="utf-8")) if starts_file.exists() else []
-            self.write_json("environment.json", [*starts, _environment(device)])
+
+    def _starts(self) -> list[Any]:
+        """The starts before this one.
+
+        Raises:
+            InputError: the file is not one that a run wrote.
+        """
+        file = self.path / _STARTS
+        with as_input_error(f"cannot read {file}, which is none of a run", ValueError):
+            starts = json.loads(file.read_bytes()) if file.exists() else []
+            if not isinstance(starts, list):
+                raise ValueError(f"it holds a {type(starts).__name__}")
+        return starts
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file of the folder."""

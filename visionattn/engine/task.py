@@ -48,6 +48,7 @@ class Task(nn.Module, ABC):
         higher_is_better: whether a larger `monitor` is better.
         adversary: a second network that is trained in the same steps, whose judgement enters the loss; it is
             saved in the training state alone. Made by `train_loader` at the latest; None where there is none.
+        draws: whether `show` answers by a picture.
         rows: what `evaluate` found for each sample, as far as the task keeps it.
         metrics: names of what `evaluate` may find; empty where they are not known before.
     """
@@ -56,6 +57,7 @@ class Task(nn.Module, ABC):
     model: nn.Module
     monitor: str
     higher_is_better: bool = True
+    draws: bool = False
     rows: Sequence[Mapping[str, Any]] = ()
     metrics: Sequence[str] = ()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from visionattn.errors import InputError, one_line
+from visionattn.errors import InputError, as_input_error, one_line
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,34 +24,59 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?\d[\d_]*|0o[0-7]+|0x[\da-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\d[\d_]*[eE][-+]?\d+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+_OLD = tuple(f":{name}" for name in (*_SCALARS, "timestamp"))
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(_OLD)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$
-        |^[-+]?\d[\d_]*[eE][-+]?\d+$
-        |^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that one of the dialects would read as something else: ours, or YAML 1.1."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML folds these breaks of lines, where it does not escape them.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent_text)
+for _name, (_pattern, _firsts) in _SCALARS.items():
+    for _dialect in (_Loader, _Dumper):
+        _regexp = re.compile(rf"^(?:{_pattern})$")
+        _dialect.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _regexp, list(_firsts))
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """Decimal also with a leading zero, which YAML 1.1 takes for octal."""
+    text = str(loader.construct_scalar(node)).replace("_", "")
+    return int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        InputError: the file is missing, is not YAML, or is not a mapping.
+        InputError: the file is missing, is not UTF-8 or not YAML, or is not a mapping.
     """
     if not path.is_file():
         raise InputError(f"there is no configuration file {path}")
-    content = parse_value(path.read_text(encoding="utf-8"), where=str(path))
+    with as_input_error(f"cannot read {path} as UTF-8", OSError, UnicodeDecodeError):
+        text = path.read_bytes().decode("utf-8-sig")
+    content = parse_value(text, where=str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold `key: value` lines, but holds a {type(content).__name__}")
     return content
@@ -61,7 +86,7 @@ def parse_value(text: str, where: str) -> Any:
     """The value of a YAML text; `where` names it in the error."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except Exception as error:  # at tags such as `!!float x` PyYAML fails in any way that Python knows
         raise InputError(f"cannot read {where} as YAML: {one_line(error)}") from error
 
 
@@ -82,9 +107,10 @@ def parse_pairs(texts: Sequence[str]) -> dict[str, Any]:
 
 def dump_yaml(content: dict[str, Any]) -> str:
     """A mapping as YAML text that `read_yaml` reads back."""
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def dump_value(value: Any) -> str:
     """A plain value on one line, as it would stand in a configuration."""
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("\n...\n").strip()
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=float("inf"))
+    return text.removesuffix("\n...\n").strip()

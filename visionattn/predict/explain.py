@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from visionattn.data.decode import ImageError
 from visionattn.data.degradations.resize import bicubic_low_resolution, to_uint8
-from visionattn.data.images import ImageError, read_image, to_pil
+from visionattn.data.images import read_image, to_pil
 from visionattn.data.photographs import photograph_files
-from visionattn.data.pictures import write_png
+from visionattn.data.pictures import read_picture, write_png
 from visionattn.errors import InputError, as_input_error, nearest
-from visionattn.files import replacing
+from visionattn.files import check_folder, refuse_inputs, replacing
 from visionattn.inference.attribution import Attribution, local_attribution
 from visionattn.models import RestorationInfo
 from visionattn.tasks.comparison import busiest_crop, draw_comparison
@@ -77,12 +78,14 @@ def explain_image(
     limit = side * info.upscale - window
     top, left = (min(max(int((m + 0.5) * info.upscale) - window // 2, 0), limit) for m in middle)
     low = low.to(next(model.parameters()).device)
+    name = Path(image).stem
+    files = output / f"{name}_lam.png", output / f"{name}_lam.json"
+    check_folder(output)
+    refuse_inputs(files, [Path(image)])
     with as_input_error(f"cannot explain {image}", ValueError):
         attribution = local_attribution(model, low, info.upscale, top, left, window)
     with torch.no_grad():
         high = model(low[None])[0]
-    name = Path(image).stem
-    files = output / f"{name}_lam.png", output / f"{name}_lam.json"
     write_png(_draw(low.cpu(), high.cpu(), attribution, info.upscale), files[0])
     numbers = {
         "image": image,
@@ -100,7 +103,7 @@ def _read_input(image: str, upscale: int) -> Tensor:
     """`[3, H, W]` in [0, 1]."""
     if Path(image).is_file():
         with as_input_error("cannot read the image", ImageError):
-            return read_image(image).float() / 255
+            return read_picture(image).color.expand(3, -1, -1)
     with as_input_error("cannot use the photographs", FileNotFoundError, ModuleNotFoundError):
         photographs = {**photograph_files("train"), **photograph_files("validation")}
     if image not in photographs:

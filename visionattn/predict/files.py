@@ -11,14 +11,15 @@ from PIL import Image
 from torch import nn
 
 from visionattn.checkpoints.reading import is_checkpoint
-from visionattn.data.images import ImageError, open_image
+from visionattn.data.decode import ImageError
+from visionattn.data.images import open_image
 from visionattn.data.pictures import list_pictures, write_png
 from visionattn.engine.config import ModelConfig
 from visionattn.engine.network import check_network_name, check_weights, create_network, identify_weights
 from visionattn.engine.run_folder import run_of
 from visionattn.errors import InputError, as_input_error
 from visionattn.models.frames.restorer import RestorationInfo
-from visionattn.predict.restore import name_results, restore_files
+from visionattn.predict.restore import for_each_file, name_results, restore_files
 from visionattn.tasks import create_task, load_trained_config
 from visionattn.tasks.classification.task import classify
 
@@ -50,22 +51,21 @@ def predict_files(
         InputError: the network, the weights or the images do not exist.
     """
     files = find_pictures(images)
-    model, show = _open(source, checkpoint, arguments)
+    model, show, draws = _open(source, checkpoint, arguments)
     if _restores(model):
         yield from restore_files(model, files, Path(output))
         return
-    for file, name in name_results(files, "_found"):
-        try:
-            shown = show(open_image(file))
-        except ValueError as error:
-            yield file, error if isinstance(error, ImageError) else ImageError(f"{file}: {error}")
-            continue
-        if isinstance(shown, Image.Image):
-            written = Path(output) / f"{name}.png"
-            write_png(shown, written)
-            yield file, written
-        else:
-            yield file, shown[:top]
+
+    def use(file: Path, target: Path | None) -> Path | list[tuple[str, float]]:
+        shown = show(open_image(file))
+        if target is None:
+            return shown[:top]
+        write_png(shown, target)
+        return target
+
+    # Names are printed: they need no place.
+    targets = name_results(files, Path(output), "_found", ".png") if draws else dict.fromkeys(files)
+    yield from for_each_file(use, targets, "give smaller images")
 
 
 def find_pictures(place: str | Path) -> list[Path]:
@@ -88,7 +88,7 @@ def open_restorer(
     Raises:
         InputError: it does not exist, has no weights, or is not made for restoration.
     """
-    model, _ = _open(source, checkpoint, arguments)
+    model, *_ = _open(source, checkpoint, arguments)
     if not _restores(model):
         raise InputError(f"{source} does not restore images")
     return model
@@ -96,8 +96,8 @@ def open_restorer(
 
 def _open(
     source: str, checkpoint: str | None, arguments: Mapping[str, Any] | None
-) -> tuple[nn.Module, Callable[[Image.Image], Any]]:
-    """A network on the best device, for inference, and what shows a user its answer to an image."""
+) -> tuple[nn.Module, Callable[[Image.Image], Any], bool]:
+    """A network on the best device, for inference, what shows a user its answer, and whether by a picture."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     alone = is_checkpoint(source) and run_of(Path(source)) is None
@@ -107,11 +107,11 @@ def _open(
                 f"{source} states the arguments of its network: {', '.join(arguments)} is too much"
             )
         task = create_task(load_trained_config(source, checkpoint=checkpoint)).to(device).eval()
-        return task.model, task.show
+        return task.model, task.show, task.draws
     if alone and checkpoint is not None:
         raise InputError(f"{source} and --checkpoint {checkpoint} are both weights: give one of them")
     model = _open_network(source, checkpoint, arguments, alone).to(device).eval()
-    return model, lambda image: classify(model, [image], top=None)[0]
+    return model, lambda image: classify(model, [image], top=None)[0], False
 
 
 def _restores(model: nn.Module) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionattn.data.decode import ImageError
 from visionattn.data.degradations.resize import imresize
-from visionattn.data.images import ImageError
-from visionattn.data.pictures import Format, Picture, read_picture, write_picture
-from visionattn.errors import InputError, as_input_error, one_line
+from visionattn.data.pictures import Format, Picture, check_format, read_picture, write_picture
+from visionattn.errors import InputError, WriteError, as_input_error, is_out_of_memory, one_line
+from visionattn.files import check_folder, refuse_inputs, unique_stems, why_unwritable
 from visionattn.inference.ensemble import self_ensemble
 from visionattn.inference.memory import parse_bytes, run_within
 from visionattn.inference.tiles import check_tiles, run_in_tiles
@@ -74,21 +74,24 @@ def restore_files(
     run, info = make_restorer(model, options), _image_network(model)
     suffix = f"_x{info.upscale}" if info.upscale > 1 else "_restored"
     grey = 0
-    for file, name in name_results(files, suffix):
-        written = output / f"{name}{_ENDINGS[options.format]}"
-        try:
-            picture = read_picture(file)
-            grey += len(picture.color) < info.channels
-            restored = restore_picture(run, info, picture)
-            write_picture(restored, written, options.format)
-            if options.side_by_side:
-                write_picture(_side_by_side(picture, restored), output / f"{name}_side_by_side.png")
-        except ImageError as error:
-            yield file, error
-        except (ValueError, torch.OutOfMemoryError, MemoryError) as error:
-            yield file, ImageError(f"{file}: {one_line(error)}")
-        else:
-            yield file, written
+    targets = name_results(files, output, suffix, _ENDINGS[options.format])
+
+    def restore(file: Path, target: Path) -> Path:
+        nonlocal grey
+        picture = read_picture(file)
+        grey += len(picture.color) < info.channels
+        height, width = (info.upscale * side for side in picture.color.shape[1:])
+        check_format(target, options.format, height, width, picture.alpha is not None)
+        restored = restore_picture(run, info, picture)
+        write_picture(restored, target, options.format)
+        if options.side_by_side:
+            beside = target.with_name(f"{target.stem}_side_by_side.png")
+            write_picture(_side_by_side(picture, restored), beside)
+        return target
+
+    budget = "lower" if options.memory_budget is not None else "set"
+    hint = f"{budget} the memory budget (--memory-budget 2GB), which gives the same result in less memory"
+    yield from for_each_file(restore, targets, hint)
     if grey:
         note = (
             f"note: {grey} grey images went through a network for colours; the mean of its channels was kept"
@@ -96,11 +99,52 @@ def restore_files(
         print(note, file=sys.stderr)
 
 
-def name_results(files: Sequence[Path], suffix: str) -> Iterator[tuple[Path, str]]:
-    """Files and names of their results without ending: the stem, or the whole name where others share it."""
-    stems = Counter(file.stem for file in files)
-    for file in files:
-        yield file, (file.stem if stems[file.stem] == 1 else file.name) + suffix
+def name_results(files: Sequence[Path], output: Path, suffix: str, ending: str) -> dict[Path, Path]:
+    """Files and the places of their results in `output`, all decided and allowed before work starts.
+
+    Raises:
+        InputError: there is no writing to `output`, or a result would replace one of the files.
+    """
+    check_folder(output)
+    names = unique_stems(files)
+    targets = {file: output / f"{name}{suffix}{ending}" for file, name in zip(files, names, strict=True)}
+    refuse_inputs(targets.values(), files)
+    return targets
+
+
+def for_each_file(
+    use: Callable[[Path, Any], Any], targets: Mapping[Path, Path | None], hint: str
+) -> Iterator[tuple[Path, Any]]:
+    """Use files one after the other; of one that cannot be used, the reason is its answer, and work goes on.
+
+    Args:
+        use: of a file and the place of its result.
+        targets: files, and the places of their results, None where nothing is written.
+        hint: what to do where memory runs out.
+
+    Yields:
+        Each file with what `use` returned, or with the `ImageError` that says why it did not.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    for file, target in targets.items():
+        reason = None if target is None else why_unwritable(target)
+        answer: Any = None if reason is None else ImageError(f"{file}: cannot write its result: {reason}")
+        if answer is None:
+            # The errors themselves are not kept: their tracebacks hold the tensors of the network.
+            try:
+                answer = use(file, target)
+            except (ImageError, WriteError) as error:
+                text = str(error)
+                answer = ImageError(text if str(file) in text else f"{file}: {text}")
+            except (ValueError, FileNotFoundError) as error:
+                answer = ImageError(f"{file}: {one_line(error)}")
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                answer = ImageError(f"{file}: memory ran out; {hint}")
+        yield file, answer
 
 
 def make_restorer(model: nn.Module, options: RestoreOptions) -> Callable[[Tensor], Tensor]:

@@ -139,6 +139,6 @@ def _load(config: Mapping[str, Any], part: int) -> Any:
     name = config.get("task")
     if name is None:
         raise InputError(f"the configuration names no task: {nearest('', TASKS)}")
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise InputError(f"unknown task {name!r}: {nearest(str(name), TASKS)}")
     return getattr(importlib.import_module(TASKS[name][0]), TASKS[name][part])

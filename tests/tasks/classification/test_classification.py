@@ -6,13 +6,15 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 
 from visionattn.data.digits import Digits
+from visionattn.data.images import open_image
 from visionattn.engine.config import parse_config
 from visionattn.errors import InputError, RunError
 from visionattn.models.frames.common import Supervised
@@ -181,7 +183,7 @@ def test_broken_images_are_named_and_counted(folder: Path, capsys: pytest.Captur
     data = {"source": "folder", "root": str(folder)}
     train = {"batch_size": 2, "workers": 0}
     with pytest.raises(
-        InputError, match=r"2 of 12 images cannot be read: .*green/3\.png .*red/0\.png .*broken_images=skip"
+        InputError, match=r"2 of 12 images cannot be read: .*green/3\.png: .*red/0\.png: .*broken_images=skip"
     ):
         make_task(data=data, train=train).train_loader()
     loader = make_task(data={**data, "broken_images": "skip"}, train=train).train_loader()
@@ -233,8 +235,9 @@ def test_folder_pitfalls(folder: Path) -> None:
     with pytest.raises(InputError, match=r"data\.num_classes is 3, but the images have 2 classes"):
         make_task(data={**data, "num_classes": 3}).train_loader()
     # timm would judge on the training images where there is no folder of held-out ones.
+    known = {"num_classes": 2, "class_names": ["green", "red"]}
     with pytest.raises(InputError, match=r"has no validation folder or tar file \(it has green, red"):
-        make_task(data={**data, "root": str(folder / "train"), "train_split": "red"}).eval_loader()
+        make_task(data={**data, "root": str(folder / "train"), **known}).eval_loader()
 
 
 def test_a_class_may_be_absent_from_the_held_out_images(folder: Path) -> None:
@@ -278,3 +281,62 @@ def test_a_network_states_what_its_run_made_of_its_images() -> None:
 def test_networks_that_do_not_classify_are_refused(name: str, kwargs: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{name} does not classify: it gives|cannot build {name}"):
         make_task(model={"name": name, "kwargs": kwargs})
+
+
+@pytest.mark.parametrize("kind", ["turned", "16 bits", "clear", "palette"])
+def test_training_and_evaluation_see_what_prediction_sees(folder: Path, kind: str) -> None:
+    pixels = np.zeros((32, 32, 4), np.uint8)
+    pixels[:16] = (250, 250, 250, 0)
+    pixels[16:, :, 3] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    for file in list(folder.glob("*/*/*.png")):
+        file.unlink()
+        if kind == "turned":
+            Image.fromarray(pixels[..., :3]).save(file.with_suffix(".jpg"), exif=exif, quality=95)
+        elif kind == "16 bits":
+            Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(file)
+        else:
+            Image.fromarray(pixels).convert("RGBA" if kind == "clear" else "P").save(file)
+    data = {"source": "folder", "root": str(folder), "crop_pct": 1.0}
+    task = make_task(data=data, train={"batch_size": 2, "workers": 0})
+    dataset: Any = task._ready(False, transform=np.asarray)
+    shown = np.asarray(open_image(next(folder.glob("val/green/*"))))
+    assert np.array_equal(dataset[0][0], shown)
+    assert abs(float(shown[:8].mean()) - (0 if kind == "turned" else 250)) < 3
+    images, _ = next(iter(task.eval_loader()))
+    assert torch.equal(images[0], torch.from_numpy(shown.copy()).permute(2, 0, 1))
+
+
+def test_hidden_folders_are_no_classes(folder: Path) -> None:
+    for name in ("train/.ipynb_checkpoints/0-checkpoint.png", "train/red/.cache/1.png", "train/red/._0.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 36), "blue").save(folder / name)
+    for source in ("folder", "torch/image_folder"):
+        root = folder if source == "folder" else folder / "train"
+        task = make_task(data={"source": source, "root": str(root)}, train={"batch_size": 2, "workers": 0})
+        assert task.config.data.class_names == ["green", "red"]
+        dataset: Any = task._open(True)
+        holder = getattr(dataset, "reader", dataset)
+        assert [target for _, target in holder.samples] == [0] * 6 + [1] * 6
+
+
+def test_folders_that_cannot_be_what_is_meant(folder: Path) -> None:
+    data = {"source": "folder", "root": str(folder)}
+    (folder / "train/green").rename(folder / "green")
+    with pytest.raises(InputError, match="one class alone, 'red'"):
+        make_task(data=data)
+    (folder / "green").rename(folder / "train/green")
+    Image.new("RGB", (8, 8)).save(folder / "train/stray.png")
+    with pytest.raises(InputError, match=r"stray\.png stands in no folder of a class"):
+        make_task(data=data)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_during_a_run_is_named(folder: Path, workers: int) -> None:
+    train = {"batch_size": 2, "workers": workers}
+    task = make_task(data={"source": "folder", "root": str(folder)}, train=train)
+    loader = task.eval_loader()
+    (folder / "val/red/1.png").write_text("not an image")
+    with pytest.raises(RunError, match=r"^a sample cannot be read: .*red/1\.png: not an image file"):
+        list(loader)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from safetensors.torch import save_file
 import visionattn  # noqa: F401  (registers the networks)
 from visionattn import tasks
 from visionattn.data.files import list_by_stem
-from visionattn.data.images import to_pil
+from visionattn.data.images import open_image, to_pil
 from visionattn.data.paired import PairedImages
 from visionattn.engine import loop
 from visionattn.engine.config import parse_config
 from visionattn.errors import InputError
+from visionattn.tasks.restoration.data import _folder_files
 from visionattn.tasks.restoration.task import RestorationConfig, RestorationTask, restore
 
 TINY = {
@@ -279,3 +281,34 @@ def test_a_metric_without_a_value_is_said_and_does_not_count(
 def test_places_that_the_built_in_photographs_would_ignore_are_refused():
     with pytest.raises(InputError, match="data: eval_gt would be ignored: source=photographs is built in"):
         config(data={"eval_gt": ["a"]})
+
+
+def test_one_folder_of_truths_with_two_of_inputs(tmp_path: Path):
+    """Every pair is there, though the names and the folder of the truths are the same."""
+    places = [folder_of_images(tmp_path / name, {"a": (32, 32), "b": (32, 32)}) for name in ("gt", "x", "y")]
+    gt, *inputs = map(str, places)
+    data = {
+        "source": "folders",
+        "train_gt": [gt, gt],
+        "train_lq": inputs,
+        "eval_gt": gt,
+        "eval_lq": inputs[0],
+    }
+    truths, found = _folder_files(config(data=data), "train")
+    assert found is not None
+    assert sorted(map(str, found.values())) == sorted(
+        f"{place}/{name}.png" for place in inputs for name in "ab"
+    )
+    assert all(Path(str(truths[name])).name == Path(str(file)).name for name, file in found.items())
+
+
+def test_pictures_that_lie_on_their_side_are_restored_as_they_are_judged():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = io.BytesIO()
+    Image.effect_noise((24, 16), 60).convert("RGB").save(content, "PNG", exif=exif)
+    task = RestorationTask(config())
+    stored = Image.open(content)
+    upright = open_image("a", content)
+    assert upright.size == (16, 24)
+    assert task.predict(stored).tobytes() == task.predict(upright).tobytes()

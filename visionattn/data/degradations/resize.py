@@ -53,8 +53,12 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def bicubic_low_resolution(image: Tensor, upscale: int) -> Tensor:
-    """The low-resolution image of a benchmark: `image` uint8 `[..., H, W]`, made `upscale` times smaller."""
-    return to_uint8(imresize(image.float() / 255, 1 / upscale))
+    """The low-resolution image of a benchmark, uint8: `image` `[..., H, W]`, made `upscale` times smaller.
+
+    `image` is uint8, or floats in [0, 1] where the truth has more than 8 bits.
+    """
+    x = image if image.is_floating_point() else image.float() / 255
+    return to_uint8(imresize(x, 1 / upscale))
 
 
 def bicubic_upscale(image: Tensor, upscale: int) -> Tensor:

@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 from PIL import Image
 from pydantic import Field, PositiveFloat, model_validator
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
+from torchvision.datasets import DatasetFolder
 
+from visionattn.data.decode import ImageError, as_rgb
 from visionattn.data.digits import Digits
-from visionattn.engine.config import Section
+from visionattn.data.images import open_image
+from visionattn.engine.config import Section, UniqueNames
 from visionattn.errors import InputError, as_input_error, nearest, one_line
 from visionattn.tasks.broken import find_broken, refuse_or_skip
 
@@ -22,7 +25,28 @@ _SPLITS = {
     "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
 }
 _TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "torch/", "wds/")
-_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class LabelledImages(Dataset):
+    """Images and classes of a reader of timm, read as pictures are everywhere here.
+
+    Args:
+        reader: gives open files and classes.
+        image_mode: `"L"` for one channel, `"RGB"` for three.
+    """
+
+    def __init__(self, reader: Any, image_mode: Literal["L", "RGB"]) -> None:
+        self.reader, self.image_mode = reader, image_mode
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        file, target, *_ = self.reader[index]
+        with file:
+            image = open_image(getattr(file, "name", f"image {index}"), file).convert(self.image_mode)
+        return image if self.transform is None else self.transform(image), -1 if target is None else target
 
 
 class ClassificationData(Section):
@@ -38,7 +62,7 @@ class ClassificationData(Section):
     eval_split: str = Field(default="validation", description="the same for the held-out images")
     kwargs: dict[str, Any] = Field(default={}, description="further arguments of timm's create_dataset")
     num_classes: int | None = Field(default=None, gt=1, description="null: as many as the data has")
-    class_names: list[str] | None = Field(default=None, description="null: the data's own names")
+    class_names: UniqueNames | None = Field(default=None, description="null: the data's own names")
     image_size: int | tuple[int, int] | None = Field(
         default=None, description="pixels, one side or [height, width]; null: the network's own"
     )
@@ -96,7 +120,9 @@ def open_images(
         with as_input_error("cannot open data.source=digits", ModuleNotFoundError):
             return Digits("train" if training else "validation", image_mode=image_mode)
     split = data.train_split if training else data.eval_split
-    kwargs = {"is_training": training, "batch_size": batch_size, "seed": seed, "input_img_mode": image_mode}
+    # Other streams than tfds hand images out as they are, so that they are turned and converted here.
+    mode = image_mode if data.source.startswith("tfds/") else ""
+    kwargs = {"is_training": training, "batch_size": batch_size, "seed": seed, "input_img_mode": mode}
     name, root = data.source, data.root
     if data.source == "folder":
         root, name = str(_find_split(data.root, split)), ""
@@ -111,7 +137,37 @@ def open_images(
         raise InputError(f"there is no data.root {data.root}")
     kinds = (ImportError, OSError, ValueError, TypeError, RuntimeError, AssertionError)
     with as_input_error(f"cannot open the {split} images of data.source={data.source}", *kinds):
-        return create_dataset(name, root=root, split=split, **{**kwargs, **data.kwargs})
+        dataset: Any = create_dataset(name, root=root, split=split, **{**kwargs, **data.kwargs})
+    if isinstance(dataset, ImageDataset):
+        dataset = LabelledImages(dataset.reader, image_mode)
+    elif isinstance(dataset, DatasetFolder):
+        dataset.loader = open_image
+    _leave_out_hidden(getattr(dataset, "reader", dataset))
+    return dataset
+
+
+def _leave_out_hidden(holder: Any) -> None:
+    """Take hidden files and folders out of the images of a folder, and the classes that they made.
+
+    Raises:
+        InputError: an image stands in no folder of a class, or nothing is left.
+    """
+    if not isinstance(holder, (ReaderImageFolder, DatasetFolder)):
+        return
+    places = [Path(path).relative_to(holder.root) for path, _ in holder.samples]
+    shown = [not any(part.startswith(".") for part in place.parts) for place in places]
+    if stray := [place for place, visible in zip(places, shown) if visible and len(place.parts) == 1]:
+        raise InputError(f"{Path(holder.root) / stray[0]} stands in no folder of a class")
+    if all(shown):
+        return
+    samples = [sample for sample, visible in zip(holder.samples, shown) if visible]
+    if not samples:
+        raise InputError(f"{holder.root} holds no images but hidden ones")
+    used = {target for _, target in samples}
+    names = sorted(holder.class_to_idx, key=holder.class_to_idx.__getitem__)
+    kept = [name for name in names if holder.class_to_idx[name] in used or not name.startswith(".")]
+    holder.samples = [(path, kept.index(names[target])) for path, target in samples]
+    holder.class_to_idx = {name: index for index, name in enumerate(kept)}
 
 
 def class_indices(dataset: Dataset) -> dict[str, int] | None:
@@ -131,8 +187,8 @@ def remove_broken_images(dataset: Dataset, data: ClassificationData) -> None:
     Raises:
         InputError: there are such files, and they shall not be skipped, or nothing else is left.
     """
-    reader = getattr(dataset, "reader", None)
-    if not isinstance(reader, ReaderImageFolder) or not data.check_images:
+    reader = getattr(dataset, "reader", dataset)
+    if not isinstance(reader, (ReaderImageFolder, DatasetFolder)) or not data.check_images:
         return
     checked = reader.samples[:: -(-len(reader.samples) // data.check_images)]
     broken = find_broken(len(checked), lambda index: _why_broken(checked[index][0]))
@@ -144,10 +200,9 @@ def remove_broken_images(dataset: Dataset, data: ClassificationData) -> None:
 
 def _why_broken(path: str) -> str | None:
     try:
-        with Image.open(path) as image:
-            image.load()
-    except _BROKEN as error:
-        return f"{path} ({one_line(error)})"
+        open_image(path)
+    except (ImageError, FileNotFoundError) as error:
+        return one_line(error)
     return None
 
 
@@ -176,9 +231,9 @@ def _source_names() -> list[str]:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    return image if image.mode == mode else image.convert(mode)
+    return as_rgb(image).convert(mode)
 
 
 def to_image_mode(mode: str) -> partial[Image.Image]:
-    """A transform to a PIL mode, for sources that keep their own."""
+    """A transform to an upright image of a PIL mode, for sources that hand images out as they are."""
     return partial(_convert, mode=mode)

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose
 
 from visionattn.checkpoints.description import Preprocessing, prepare
+from visionattn.data.decode import as_rgb
 from visionattn.engine.batches import make_eval_loader, make_train_loader
 from visionattn.engine.config import RunConfig, Section
 from visionattn.engine.distributed import gather_objects
@@ -27,6 +28,7 @@ from visionattn.errors import InputError, RunError, as_input_error
 from visionattn.models.frames.common import Supervised
 from visionattn.tasks.classification.data import (
     ClassificationData,
+    LabelledImages,
     class_indices,
     open_images,
     remove_broken_images,
@@ -202,7 +204,8 @@ class ClassificationTask(Task):
     def _ready(self, training: bool, transform: Any) -> Dataset:
         dataset: Any = self._open(training)
         remove_broken_images(dataset, self.config.data)
-        dataset.transform = Compose([to_image_mode(self.image_mode), transform])
+        read = [] if isinstance(dataset, LabelledImages) else [to_image_mode(self.image_mode)]
+        dataset.transform = Compose([*read, transform])
         if not training and not isinstance(dataset, IterableDataset) and not len(dataset):
             raise InputError(f"data.eval_split={self.config.data.eval_split} holds no image to judge by")
         return dataset
@@ -244,6 +247,8 @@ class ClassificationTask(Task):
         data = self.config.data
         names = data.class_names or (None if found is None else sorted(found, key=found.__getitem__))
         count = data.num_classes or (None if names is None else len(names))
+        if count == 1:
+            raise InputError(f"the images have one class alone, {(names or ['of no name'])[0]!r}")
         if count is None:
             raise InputError(f"data.source={data.source} does not state its classes: give data.num_classes")
         has = count if found is None else max(found.values()) + 1
@@ -312,7 +317,7 @@ def classify(
 
     Args:
         model: a classification network.
-        images: any sizes and modes.
+        images: any sizes and modes; those that say so are turned upright.
         class_names: names of the classes; by default those that the network's weights brought, ImageNet's
             where it has its number of classes, else the numbers.
         top: how many names per image; None for all.
@@ -330,7 +335,7 @@ def classify(
     device, results = next(model.parameters()).device, []
     with evaluating(model):
         for image in images:
-            logits = model(transform(image.convert(mode)).unsqueeze(0).to(device))[0].float()
+            logits = model(transform(as_rgb(image).convert(mode)).unsqueeze(0).to(device))[0].float()
             class_names = class_names or _known_names(model, len(logits))
             found = logits.softmax(0).topk(min(top or len(logits), len(logits)))
             best = zip(found.indices.tolist(), found.values.tolist(), strict=True)

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch.utils.data import Dataset
 
 from visionattn.data.scenes import SceneOptions, scenes_folder
-from visionattn.engine.config import Section
+from visionattn.engine.config import Section, UniqueNames
 from visionattn.errors import InputError, as_input_error
 from visionattn.tasks.broken import find_broken, refuse_or_skip
 from visionattn.tasks.dense.transforms import plain
@@ -24,7 +24,7 @@ class DenseData(Section):
         default=None, description="folder of the data; of scenes, where they are written, null being a cache"
     )
     scenes: dict[str, Any] = Field(default={}, description="what built-in scenes look like: SceneOptions")
-    class_names: list[str] | None = Field(default=None, description="null: the data's own names")
+    class_names: UniqueNames | None = Field(default=None, description="null: the data's own names")
     mean: tuple[float, float, float] | None = Field(
         default=None, description="of [0, 1] pixels; null: the network's own"
     )

@@ -186,11 +186,10 @@ class DetectionTask(DenseTask):
 
     def _checked(self, training: bool) -> CocoImages:
         images = self._open(training)
-        broken, total = dict(images.broken_objects()), len(images.content["annotations"])
+        broken, total = images.broken_objects(), len(images.content.objects)
         refuse_or_skip(
             broken.values(), total, "annotations cannot be used", "data.broken", self.config.data.broken
         )
-        images.remove_objects(list(broken))
         return super()._checked(training)
 
     def _open(self, training: bool) -> CocoImages:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
+from visionattn.data.decode import as_rgb
 from visionattn.data.images import to_pil, to_tensor
 
 _LONG_SIDE = 384  # pixels that smaller images are enlarged to, so that labels can be read
@@ -91,9 +92,9 @@ def in_square(image: Image.Image) -> Image.Image:
 
 def _enlarged(image: Image.Image) -> tuple[Tensor, float]:
     """Pixels uint8 `[3, H, W]` of an image that is not small, and by how much it was enlarged."""
-    factor = max(1.0, _LONG_SIDE / max(image.size))
-    size = round(factor * image.width), round(factor * image.height)
-    return to_tensor(image.convert("RGB").resize(size, Image.Resampling.BICUBIC)), factor
+    upright, factor = as_rgb(image), max(1.0, _LONG_SIDE / max(image.size))
+    size = round(factor * upright.width), round(factor * upright.height)
+    return to_tensor(upright.resize(size, Image.Resampling.BICUBIC)), factor
 
 
 def _with_legend(image: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from visionattn.checkpoints.description import describe
 from visionattn.checkpoints.reading import as_texts
+from visionattn.data.decode import as_rgb
 from visionattn.data.images import to_pil, to_tensor
 from visionattn.engine.batches import make_eval_loader, make_train_loader
 from visionattn.engine.config import RunConfig
@@ -46,11 +47,13 @@ class DenseTask(Task):
     Batches are lists of uint8 images `[3, H, W]` and of their targets.
     """
 
+    draws = True
+
     def predict(self, inputs: Sequence[Image]) -> list[Any]:
         """The findings in images of any sizes and modes, one after the other."""
         device = next(self.model.parameters()).device
         with evaluating(self.model):
-            return [self.find(to_tensor(image.convert("RGB")).to(device)) for image in inputs]
+            return [self.find(to_tensor(as_rgb(image)).to(device)) for image in inputs]
 
     def train_loader(self) -> Iterable[Any]:
         """Augmented images and their targets."""

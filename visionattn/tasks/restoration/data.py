@@ -104,10 +104,13 @@ def _folder_files(
         )
     gt_files: dict[str, ImageSource] = {}
     lq_files: dict[str, ImageSource] = {}
-    for truth, companion in zip(truths, companions or [None] * len(truths), strict=True):
+    for number, (truth, companion) in enumerate(
+        zip(truths, companions or [None] * len(truths), strict=True), start=1
+    ):
         gt, lq = pair_files(truth, companion, template)
-        # Several folders may use the same names.
+        # Several folders may use the same names, and one folder may be named with several inputs.
         prefix = f"{truth}/" if len(truths) > 1 else ""
+        prefix = f"{number}:{prefix}" if truths.count(truth) > 1 else prefix
         gt_files |= {prefix + name: file for name, file in gt.items()}
         lq_files |= {prefix + name: file for name, file in (lq or {}).items()}
     return gt_files, lq_files or None

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visionattn.checkpoints import load_checkpoint
+from visionattn.data.decode import as_rgb
 from visionattn.data.degradations.blur import sharpen
 from visionattn.data.degradations.resize import bicubic_upscale, to_uint8
 from visionattn.data.files import shorten
@@ -265,7 +266,7 @@ def restore(model: nn.Module, image: Image.Image) -> Image.Image:
 
     Args:
         model: a network with an `info: RestorationInfo` attribute.
-        image: of any mode.
+        image: of any mode; what its EXIF data turn is turned upright.
 
     Raises:
         ValueError: the image is smaller than the network allows, or the network is not for RGB.
@@ -277,7 +278,7 @@ def restore(model: nn.Module, image: Image.Image) -> Image.Image:
         raise ValueError(
             f"{image.height}x{image.width} pixels are too small: {info.min_size} per side are needed"
         )
-    return to_pil(to_uint8(_run(model, to_tensor(image.convert("RGB")).float() / 255)))
+    return to_pil(to_uint8(_run(model, to_tensor(as_rgb(image)).float() / 255)))
 
 
 def _run(model: nn.Module, lq: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
