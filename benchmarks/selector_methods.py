@@ -207,7 +207,10 @@ def _sampled(maps: Maps, region: Region, block: int) -> Choice:
     directions = torch.randn(maps.q.shape[4], 7, generator=generator).to(maps.q.device)
     pixels = maps.q.shape[1] * maps.q.shape[2]
     samples = torch.randint(pixels, (1, maps.q.shape[3], block), generator=generator).to(maps.q.device)
-    run = lambda maps: kernels.lsh_attention(*maps, directions, block=block, samples=samples)  # noqa: E731
+
+    def run(maps: Maps) -> Tensor:
+        return kernels.lsh_attention(maps.q, maps.k, maps.v, directions, block=block, samples=samples)
+
     return Choice(run=run, density=2 * block / pixels)
 
 

@@ -79,12 +79,12 @@ class TheirFcaBlock(FcaBlock):
     def forward(self, x: Tensor, *cross: Tensor) -> tuple[Tensor, Tensor | None]:
         """`[B, H, W, C]` and tokens to the map and tokens."""
         shape = x.shape
-        rows = (x + self.drop_path(self.ls1.gamma * self.attend(x, cross))).flatten(1, 2)
+        rows = (x + self.drop_path(self.ls1(self.attend(x, cross)))).flatten(1, 2)
         x = rows.transpose(1, 2).reshape(shape[0], shape[3], *shape[1:3])
         tokens = None if self.dw_conv is None else self.dw_conv(x).flatten(2).transpose(1, 2)
         rows = self.local_conv(x).flatten(2).transpose(1, 2)
         hidden = self.mlp.act(self.mlp.fc1(self.norm2(rows)))
-        rows = rows + self.drop_path(self.ls2.gamma * self.mlp.fc2(hidden))
+        rows = rows + self.drop_path(self.ls2(self.mlp.fc2(hidden)))
         return rows.view(shape), tokens
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ class TheirAttention(VariedSizeWindowAttention2d):
         """Where keys lie, from -1 to 1 along both axes, `[B * heads, H, W, 2]`."""
         heads, window, size = self.num_heads, self.window_size, x.shape[2:]
         # Movement and stretch are regressed apart, each from a map that is pooled for it.
-        pool, act, conv = self.transform
+        pool, act, conv = (cast(Any, part) for part in self.transform)
         weights, biases = (t.unflatten(0, (heads, 2, 2)).unbind(1) for t in (conv.weight, conv.bias))
         shape = (x.shape[0] * heads, 2, size[0] // window, 1, size[1] // window, 1)
         moved, stretched = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import published
+import call_fixtures
 import pytest
 import torch
 from agreement import assert_implementations_agree
@@ -27,10 +27,10 @@ def random(shape: tuple[int, ...], count: int = 3) -> list[Tensor]:
     return list(torch.randn(count, *shape, dtype=torch.float64, generator=generator).unbind(0))
 
 
-@pytest.mark.parametrize("path", published.fixtures("local"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", call_fixtures.fixtures("local"), ids=lambda path: path.stem)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_published(path: Path, backend: str):
-    published.check(path, backend)
+    call_fixtures.check(path, backend)
 
 
 @pytest.mark.parametrize("causal", [False, True])

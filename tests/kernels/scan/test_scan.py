@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import published
+import call_fixtures
 import pytest
 import torch
 from agreement import assert_implementations_agree, values_and_gradients
@@ -93,10 +93,10 @@ def order_of(heads: int) -> tuple[str, ...]:
     return (MIXED * heads)[:heads]
 
 
-@pytest.mark.parametrize("path", published.fixtures("scan"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", call_fixtures.fixtures("scan"), ids=lambda path: path.stem)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_published(path: Path, backend: str):
-    published.check(path, backend)
+    call_fixtures.check(path, backend)
 
 
 @pytest.mark.parametrize("restart", [False, True])

@@ -167,7 +167,8 @@ class DetectionTask(DenseTask):
         """Let COCO's evaluation judge one object that is nowhere: it must take the truth and find objects."""
         labels = torch.tensor([next(iter(images.labels.values()), 1)])
         nowhere = {"boxes": torch.zeros(1, 4), "labels": labels, "scores": torch.ones(1)}
-        height, width = (images.content["images"][images.kept[0]][side] for side in ("height", "width"))
+        first = images.truth()["images"][0]
+        height, width = first["height"], first["width"]
         masks = {"masks": torch.zeros(1, height, width, dtype=torch.bool)} if self.has_masks else {}
         kinds = (ValueError, TypeError, LookupError, RuntimeError, AttributeError)
         with as_input_error("the held-out annotations cannot be judged", *kinds):
