@@ -122,6 +122,7 @@ def compare_models(
         for height, width in [size] if size else formulation.sizes or [net.default_cfg["input_size"][1:]]:
             if net.default_cfg["fixed_input_size"]:
                 net = timm.create_model(name, img_size=(height, width), device=device).train(train)
+                formulation.prepare(net)
             image = torch.rand(batch, net.in_chans, height, width, device=device)
             with as_input_error(f"cannot run {name} at {height}x{width}", ValueError):
                 for as_program in (False, True) if compiled else (False,):

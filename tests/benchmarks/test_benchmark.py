@@ -56,6 +56,18 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         {"depths": (2, 1, 2, 1), "attention_depths": (0, 0, 1, 1), "embed_dims": (16, 24, 32, 40)},
         (64, 96),
     ),
+    "halonet": (
+        "halonet_h0",
+        {
+            "depths": (1, 2, 1, 1),
+            "embed_dim": 16,
+            "num_heads": (2, 2, 4, 4),
+            "value_ratio": 1.5,
+            "out_ratio": 1.25,
+            "final_dim": 24,
+        },
+        (96, 64),
+    ),
     "hat": (
         "hat_x2",
         {"depths": (2,), "embed_dim": 12, "num_heads": 2, "window_size": 8, "squeeze_factor": 2},
@@ -106,6 +118,17 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
             "window_size": 2,
         },
         (64, 128),
+    ),
+    "overlock": (
+        "overlock_xt",
+        {
+            "depths": (1, 1, 1, 1),
+            "sub_depths": (2, 1),
+            "embed_dims": (16, 16, 32, 32),
+            "sub_num_heads": (2, 2),
+            "projection": 40,
+        },
+        (224, 256),
     ),
     "pmnet": ("pmnet_small", {}, (20, 32)),
     "smt": (

@@ -301,7 +301,9 @@ def test_the_loss_of_a_process_ends_the_run(
     second.signal(signal.SIGKILL)
     assert "stopped: process 0 of 2 waited for another that ended or was silent" in first.said
     assert "Traceback" not in first.said
-    assert read_state(tmp_path / "run/checkpoints/last.state.pt")["step"] == 2
+    # Whole weights are saved before both processes judge them; shards want both for that too.
+    saved = 3 if parallel == "ddp" else 2
+    assert read_state(tmp_path / "run/checkpoints/last.state.pt")["step"] == saved
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -153,7 +153,9 @@ def test_out_of_room(make_task: MakeTask, whole: tuple[Path, float], tmp_path: P
     assert "stopped: cannot write" in full.said
     assert "file too large; what was saved before is untouched" in full.said
     assert "Traceback" not in full.said
-    assert read_state(tmp_path / "full/checkpoints/last.state.pt")["step"] == 4
+    # At step 6 a state that is still to be judged comes first, which is a little smaller than a judged one.
+    saved = 6 if name == "last.state.pt" else 4
+    assert read_state(tmp_path / "full/checkpoints/last.state.pt")["step"] == saved
     assert load_file(tmp_path / "full/checkpoints/last.safetensors")
     train(make_task("full", resume="auto", **OPTIONS))
     assert_same_end(tmp_path / "full", whole[0])

@@ -278,7 +278,10 @@ def test_decelerate_leaves_our_own_networks_alone() -> None:
     ours = timm.create_model("nat_mini", depths=(1, 1, 1, 1))
     before = [type(m) for m in ours.modules()]
     visionattn.accelerate(ours)
-    assert before.count(Linear) == [type(m) for m in ours.modules()].count(Linear) > 0
+    # By identity: our layer counts as equal to PyTorch's.
+    own = [kind is Linear for kind in before]
+    assert own == [type(m) is Linear for m in ours.modules()]
+    assert any(own)
     visionattn.decelerate(ours)
     assert [type(m) for m in ours.modules()] == before
 

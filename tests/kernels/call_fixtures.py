@@ -11,7 +11,7 @@ from safetensors import safe_open
 from visionattn import kernels
 from visionattn.kernels import use_backend
 
-_FOLDER = Path(__file__).parents[1] / "parity" / "recurrent"
+_FOLDER = Path(__file__).parents[1] / "parity" / "functions" / "recurrent"
 # Lightning attention's decays of four heads.
 _SLOPES = [0.25, 0.0625, 0.015625, 0.00390625]
 _LOCAL = ("local_linear", "parallax", "gaussian")

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 import visionattn
 
 TOLERANCE = 1e-5
-# Folders with the outputs of functions, which are tested where the functions are.
-FUNCTIONS = ("recurrent", "selectors")
 
 
 def fixtures() -> list[Path]:
@@ -30,7 +28,7 @@ def fixtures() -> list[Path]:
     found = []
     for path in sorted((Path(__file__).parents[1] / "parity").glob("*/*.safetensors")):
         with safe_open(str(path), framework="pt") as file:
-            if "parity" in file.metadata() and path.parent.name not in FUNCTIONS:
+            if "parity" in file.metadata():
                 found.append(path)
     return found
 

@@ -266,13 +266,14 @@ def _choose(layout: Layout, told: dict[str, Any], file: str, stated: Description
     ]
     if others and how == "the name of the file":
         notes.insert(0, f"{chosen.name} was chosen by {how}")
-    assumed = _guessed(layout, settings, told, guesses) if differing[chosen] else {}
-    if others and not named and not differing[chosen]:
+    is_other = not differing[chosen].keys() <= set(layout.training)
+    assumed = _guessed(layout, settings, told, guesses) if is_other else {}
+    if others and not named and not is_other:
         told_apart = {
             n for v in others.values() for n, value in _settings(v, told).items() if value != settings[n]
         }
         assumed = {name: settings[name] for name in layout.unlearned if name in told_apart}
-    if assumed and differing[chosen]:
+    if assumed and is_other:
         shown = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
         notes.append(f"no weight tells {shown}: as in {chosen.name}")
     return Identity(

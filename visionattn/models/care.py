@@ -29,7 +29,7 @@ from visionattn.models.frames.common import (
 )
 from visionattn.models.frames.pyramid import MapSequential, Pyramid, Stage
 from visionattn.models.registry.names import Names
-from visionattn.models.registry.shapes import Shapes
+from visionattn.models.registry.shapes import Guess, Shapes
 from visionattn.models.registry.variants import Layout, Variant, Weights, register
 
 __all__ = ["CARE"]
@@ -342,7 +342,7 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any]:
         "depths": depths,
         "embed_dims": dims,
         "ratios": ratios,
-        "head_dims": tuple(width if found else 0 for width, found in zip(widths, attends)),
+        "head_dims": Guess(tuple(width if found else 0 for width, found in zip(widths, attends))),
     }
 
 
@@ -359,7 +359,6 @@ LAYOUT = Layout(
     },
     arguments=_arguments,
     to_official=_to_official,
-    unlearned=("head_dims",),
 )
 
 

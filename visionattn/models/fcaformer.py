@@ -420,10 +420,14 @@ def _convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _to_official(weights: Weights, model: FcaFormer) -> dict[str, Tensor]:
-    """The authors' names and 1x1 convolutions."""
-    return _NAMES.official_weights(
-        {n: v[..., None, None] if _LINEAR.search(n) else v for n, v in weights.items()}
-    )
+    """The authors' names and 1x1 convolutions; the MLPs beside attention keep theirs."""
+    out = {}
+    for name, value in weights.items():
+        official = _NAMES.to_official(name)
+        if f"{name.partition('.mlp.')[0]}.attn.qkv.weight" in weights:
+            official = official.replace(".pwconv", ".mlp.fc")
+        out[official] = value[..., None, None] if _LINEAR.search(name) else value
+    return out
 
 
 def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any] | None:

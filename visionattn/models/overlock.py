@@ -411,6 +411,7 @@ def _arguments(ours: Shapes, official: Shapes) -> dict[str, Any] | None:
         "merged": "stages.0.blocks.0.large.lk_origin.bias" in ours,
         "extra_norms": "extra_norms.0.weight" in ours,
         "overview_output": "overview_norm.weight" in ours,
+        "aux_head": "aux_head.fc.weight" in ours,
     }
     projection = ours.get("norm.linear.weight", 2)
     return {**out, "projection": projection[0]} if projection else out
@@ -436,6 +437,7 @@ LAYOUT = Layout(
     },
     arguments=_arguments,
     to_official=_to_official,
+    training=("aux_head",),
 )
 
 

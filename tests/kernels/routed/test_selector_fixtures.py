@@ -17,7 +17,7 @@ from visionattn.kernels.routed.lists import listed_regions
 from visionattn.kernels.routed.reference import places
 from visionattn.kernels.routed.selectors import chunks, mass, quantized
 
-FOLDER = Path(parity.__file__).parent / "selectors"
+FOLDER = Path(parity.__file__).parent / "functions" / "selectors"
 FIXTURES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 # What a fixture says of a whole layer, and not of its selection.
 OF_LAYERS = ("ratio", "feature_map", "linear")

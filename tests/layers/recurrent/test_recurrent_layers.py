@@ -24,7 +24,7 @@ from visionattn.layers import (
 from visionattn.layers.recurrent.decay import decay_slopes
 from visionattn.layers.reweighting import HeadGates
 
-FIXTURES = Path(__file__).parents[2] / "parity" / "recurrent"
+FIXTURES = Path(__file__).parents[2] / "parity" / "functions" / "recurrent"
 
 LAYERS = {
     "ss2d": lambda: SelectiveScan2d(16),

@@ -17,7 +17,7 @@ from visionattn.kernels.routed.reference import places
 from visionattn.layers import NativeSparseAttention2d, PrefixStateAttention2d, SparseLinearAttention2d
 
 SLA = SparseLinearAttention2d
-FIXTURES = Path(__file__).parents[2] / "parity" / "selectors"
+FIXTURES = Path(__file__).parents[2] / "parity" / "functions" / "selectors"
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "sla": lambda: SparseLinearAttention2d(16, 2, 3, ratio=0.3, skip=0.2),
     "sla, all": lambda: SparseLinearAttention2d(16, 2, (2, 4), ratio=0.3, linear="all", feature_map="elu"),

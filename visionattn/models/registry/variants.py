@@ -54,6 +54,7 @@ class Layout:
             code stores.
         wrapper: under which key the authors' files hold the weights; None for a bare state dict.
         unlearned: arguments that no weight tells and that change the output.
+        training: arguments that change nothing but training.
     """
 
     family: str
@@ -67,6 +68,7 @@ class Layout:
     to_official: Callable[[Weights, Any], dict[str, Tensor]]
     wrapper: str | None = None
     unlearned: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
 
     def has_marks(self, names: Iterable[str]) -> bool:
         """Whether weights of these names, ours, may be of this class."""
