@@ -131,7 +131,8 @@ class LowRank(nn.Module):
         if isinstance(base, nn.Linear):
             return base(x) + F.linear(x, self.difference())
         convolve = getattr(F, f"conv{base.weight.dim() - 2}d")
-        return base(x) + convolve(x, self.difference(), None, base.stride, base.padding, groups=base.groups)
+        settings = base.stride, base.padding, base.dilation, base.groups
+        return base(x) + convolve(x, self.difference(), None, *settings)
 
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -289,6 +290,7 @@ USES: dict[str, Use] = {
 REASONS: dict[tuple[str, str], str] = {
     ("fx", ""): "The networks ask for the size of the image before they compute, which `torch.fx` does not "
     "know while it traces; `torch.export` traces them, and single kernels are leaves of `torch.fx`.",
+    ("half", "fcaformer"): "As initialised, its features lie below the smallest numbers of half precision.",
 }
 
 

@@ -14,11 +14,11 @@ _TURNED = "[B, heads, H, W, head_dim] is x.permute(0, 2, 3, 1, 4) here"
 _USUAL_HEADS = 32
 
 
-def check_tensor(operator: str, name: str, value: object, needed: str) -> None:
+def check_tensor(operator: str, name: str, value: object, needed: object) -> None:
     """Check that an argument of an operator is a tensor at all.
 
     Raises:
-        TypeError: it is not; the message says what is `needed`.
+        TypeError: it is not; the message says what is `needed`, a layout or a shape.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{operator}: {name} must be a tensor {needed}, got {type(value).__name__}")
@@ -124,7 +124,7 @@ def check_dense_bias(operator: str, name: str, bias: Tensor, shape: tuple[int, .
     Raises:
         ValueError: what does not fit, and what was given.
     """
-    check_tensor(operator, name, bias, str(shape))
+    check_tensor(operator, name, bias, shape)
     if tuple(bias.shape) != shape:
         raise ValueError(f"{operator}: {name} has shape {tuple(bias.shape)}; needed is {shape}")
     if bias.device != q.device:

@@ -74,12 +74,16 @@ class LargeConv2d(nn.Module):
         x = x.permute(0, 3, 1, 2)
         if not self.branches:
             out = self.lk_origin(x)
-        elif self.training:
+        elif self.training or not all(map(self._is_as_made, *zip(*self._pairs()))):
             out = reduce(torch.add, (norm(conv(x)) for conv, norm in self._pairs()))
         else:
             weight, bias = self.merged_kernel()
             out = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
         return out.permute(0, 2, 3, 1)
+
+    @staticmethod
+    def _is_as_made(conv: nn.Module, norm: nn.Module) -> bool:
+        return is_as_made(nn.Conv2d, conv) and is_as_made(nn.BatchNorm2d, norm)
 
     def merged_kernel(self) -> tuple[Tensor, Tensor]:
         """The weight `[C, 1, k, k]` and the bias `[C]` of the convolution that all are together."""
@@ -127,15 +131,14 @@ def _spread(weight: Tensor, dilation: int, side: int) -> Tensor:
 
 
 class ResidualConv2d(nn.Conv2d):
-    """A map and its depthwise 3x3 convolution: `x + conv(x)` on `[B, H, W, C]`."""
+    """A map and its depthwise 3x3 convolution: `x + conv(x)`."""
 
     def __init__(self, dim: int, **kwargs: Any):
         super().__init__(dim, dim, 3, padding=1, groups=dim, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = input.permute(0, 3, 1, 2)
-        return (x + super().forward(x)).permute(0, 2, 3, 1)
+        """`[B, C, H, W]` to `[B, C, H, W]`."""
+        return input + super().forward(input)
 
 
 class ChannelScale(nn.Module):
@@ -217,7 +220,7 @@ class ConvMlp(nn.Module):
         """`[B, H, W, dim]` to `[B, H, W, out_dim]`."""
         short = is_as_made(Linear, self.fc1)
         hidden = product(x, self.fc1.weight, self.fc1.bias, gelu=True) if short else F.gelu(self.fc1(x))
-        return self.fc2(self.grn(self.dwconv(hidden)))
+        return self.fc2(self.grn(on_nhwc(self.dwconv, hidden)))
 
 
 class Fusion(nn.Module):
@@ -279,7 +282,7 @@ class StaticBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        x = self.dwconv(x)
+        x = on_nhwc(self.dwconv, x)
         branch = self.se(on_nhwc(self.large_norm, self.large(self.norm(x))))
         return self.ls(x) + self.drop_path(self.mlp(branch))
 
@@ -362,9 +365,9 @@ class ContextMixingBlock(nn.Module):
         if self.x_scale is not None and self.h_scale is not None and reference is not None:
             features, context = x.split((self.dim, self.context_dim), -1)
             x = torch.cat([features, self.x_scale(context) + self.h_scale(reference)], -1)
-        x = self.dwconv1(x)
+        x = on_nhwc(self.dwconv1, x)
         x = self.ls1(x) + self.drop_path(self.mix_context(self.norm1(x)))
-        x = self.dwconv2(x)
+        x = on_nhwc(self.dwconv2, x)
         return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
 
     def mix_context(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.kernels import neighborhood_attention, overlapping_window_attention, window_attention
+from visionattn.kernels.dense.plain.attention import attend
 from visionattn.kernels.local.pattern import Border
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import fill_up
@@ -226,10 +227,10 @@ def halo_attention(
     of_columns = torch.einsum("nhyxd,xdk->nhyxk", blocks, by_column)
     mask = (of_rows[..., :, None] + of_columns[..., None, :]).flatten(4).flatten(2, 3)
     mask = mask * scale if scale_relative else mask
-    # PyTorch's fused attention wants values as wide as the keys.
+    # Fused attention wants values as wide as the keys.
     wide = max(k.shape[-1], v.shape[-1])
     padded = [F.pad(t, (0, wide - t.shape[-1])) for t in (blocks.flatten(2, 3), keys, values)]
-    out = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scale)[..., : v.shape[-1]]
+    out = attend(padded[0], padded[1], padded[2], mask, scale)[..., : v.shape[-1]]
     out = out.unflatten(2, (side, side)).unflatten(0, (-1, rows, columns))
     return out.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
 

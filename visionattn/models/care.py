@@ -78,7 +78,7 @@ class TokenMixer(nn.Module):
         return linear_attention(q, k, v, scale=scale, eps=1e-6).flatten(3)
 
     def _along_strips(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        x = x.contiguous().permute(0, 3, 1, 2)
         return (self.dwconvatt_1(x) + self.dwconvatt_2(x)).permute(0, 2, 3, 1)
 
 

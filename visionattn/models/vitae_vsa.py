@@ -382,4 +382,4 @@ VARIANTS = {
         "ViTAEv2*-B with VSA and windows of 12 pixels, for 384: 93.8 M parameters.", **_B, window_size=12
     ),
 }
-register(__name__, LAYOUT, VARIANTS, builder=build_backbone)
+register(__name__, LAYOUT, VARIANTS, builder=build_backbone, name_downloads=True)
