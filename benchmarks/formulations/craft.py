@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.rectangles import TheirRectangleAttention
-from visionattn.layers.rectangle_window import RectangleWindowAttention
+from visionattn.layers.windows.rectangle_window import RectangleWindowAttention
 from visionattn.models.craft import ChannelAttention, FusionBlock, HighFrequencyBlock
 
 

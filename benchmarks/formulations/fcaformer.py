@@ -10,9 +10,9 @@ from torch import Tensor
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.linear_hosts import ImagesInPlanes, planes
 from benchmarks.formulations.planes import TheirMapSequential
+from visionattn.layers.windows.cross_attention import CrossAttention
 from visionattn.models.fcaformer import (
     ConvBlock,
-    CrossAttention,
     Downsample,
     FcaBlock,
     FcaFormer,

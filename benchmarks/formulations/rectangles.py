@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.formulations.linear_hosts import windows_of_planes
 from benchmarks.formulations.windows import merge, partition
-from visionattn.layers.rectangle_window import DynamicPositionBias, RectangleWindowAttention
+from visionattn.layers.windows.rectangle_window import DynamicPositionBias, RectangleWindowAttention
 
 Size = tuple[int, int]
 # The maps of training, whose masks the authors' networks store.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from benchmarks.formulations.formulation import Formulation
 from benchmarks.formulations.linear_hosts import planes
 from benchmarks.formulations.rectangles import TheirRectangleAttention
-from visionattn.layers.rectangle_window import RectangleWindowAttention
+from visionattn.layers.windows.rectangle_window import RectangleWindowAttention
 from visionattn.models.rgt import GatedMlp, RecursiveGeneralizationAttention
 
 

@@ -12,7 +12,7 @@ import torch
 import visionattn
 from visionattn.checkpoints import identify
 from visionattn.checkpoints.identify import layout_of
-from visionattn.models.fcaformer import CrossAttention
+from visionattn.layers.windows.cross_attention import CrossAttention
 from visionattn.models.registry.zoo import model_facts
 
 SMALL: dict[str, Any] = families.SMALL["fcaformer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import families
 import pytest
 import timm
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from visionattn import tasks
+from visionattn.checkpoints import save_checkpoint
 from visionattn.cli import convert, train
 from visionattn.engine.network import evaluating
 from visionattn.engine.task import NamedImages
@@ -28,14 +30,16 @@ def weights(tmp_path: Path) -> str:
 OPTIONS = ["data.source=digits", "data.image_size=32", "model.kwargs={img_size: 32}"]
 
 
-def test_named_images_are_options_of_the_task_that_takes_such() -> None:
+def test_named_images_are_options_of_the_task_that_takes_such(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_checkpoint(families.small("hat_s_x2"), file)
     named = NamedImages("truths", "inputs", "{}x2", self_ensemble=True)
-    config = tasks.load_trained_config("hat_s_x2", ["data.eval_template='{}y'"], "weights.pth", named)
+    config = tasks.load_trained_config("hat_s_x2", ["data.eval_template='{}y'"], file, named)
     data = config.model_dump()["data"]
     assert (data["source"], data["eval_gt"], data["eval_lq"]) == ("folders", ["truths"], ["inputs"])
     assert data["eval_template"] == "{}y"  # what is given as an option wins
     assert config.model_dump()["self_ensemble"]
-    plain = tasks.load_trained_config("hat_s_x2", [], "weights.pth", NamedImages())
+    plain = tasks.load_trained_config("hat_s_x2", [], file, NamedImages())
     assert plain.model_dump()["data"]["source"] == "photographs"
 
 

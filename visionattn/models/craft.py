@@ -22,7 +22,7 @@ from visionattn.layers.as_made import is_as_made
 from visionattn.layers.bands import convolved, folded, pixelwise
 from visionattn.layers.linear import Linear, Mlp
 from visionattn.layers.maps import is_needed, mirror_index, on_nhwc
-from visionattn.layers.rectangle_window import RectangleWindowAttention
+from visionattn.layers.windows.rectangle_window import RectangleWindowAttention
 from visionattn.models.frames.common import check_size, init_linear
 from visionattn.models.frames.restorer import (
     ResidualGroup,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from visionattn.layers.bands import convolved, pixelwise
 from visionattn.layers.linear import Linear
 from visionattn.layers.maps import on_nhwc
-from visionattn.layers.rectangle_window import RectangleWindowAttention
+from visionattn.layers.windows.rectangle_window import RectangleWindowAttention
 from visionattn.models.frames.common import drop_path_rates, init_linear
 from visionattn.models.frames.restorer import (
     ResidualGroup,

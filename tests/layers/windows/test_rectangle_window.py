@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.layers.maps import on_nhwc
-from visionattn.layers.rectangle_window import DynamicPositionBias, RectangleWindowAttention
+from visionattn.layers.windows.rectangle_window import DynamicPositionBias, RectangleWindowAttention
 
 
 def attend_by_formula(layer: RectangleWindowAttention, x: Tensor) -> Tensor:
