@@ -208,7 +208,8 @@ def test_training_without_drop_path_differs_from_evaluation_only_by_batch_statis
     norms = [module for module in net.modules() if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d))]
     for module in norms:
         module.momentum = None  # the average over all batches: after one, its statistics
-    x = image(net, 4)
+    # Of few numbers, the variance that training divides by is visibly smaller than the one that is kept.
+    x = image(net, 16 if norms else 4)
     net.train()(x)
     trained, evaluated = net.train()(x), net.eval()(x)
     tolerance = 0.1 if norms else 1e-6

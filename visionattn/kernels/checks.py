@@ -160,6 +160,6 @@ def _hint(t: Tensor) -> str:
 
 def _heads_hint(bias: Tensor, q: Tensor) -> str:
     """That the queries may be heads-first, where the bias has as many heads as they have rows."""
-    if bias.dim() == 3 and q.shape[3] != bias.shape[0] == q.shape[1]:
+    if q.dim() == 5 and bias.dim() == 3 and q.shape[3] != bias.shape[0] == q.shape[1]:
         return f"; if q is heads-first, {_TURNED}"
     return ""
