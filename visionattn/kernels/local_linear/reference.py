@@ -16,22 +16,22 @@ def local_linear_attention(
 ) -> Tensor:
     """The value at q of a ridge regression of v on k under softmax weights; solved exactly."""
     with without_autocast(q):
-        qs, ks, vs, ridges = (_by_head(x) for x in (q, k, v, ridge))
+        qs, ks, vs, ridges = (by_head(x) for x in (q, k, v, ridge))
         p, mean = _weights(qs, ks, scale, causal)
         away = ks.unsqueeze(-3) - mean.unsqueeze(-2)
         covariance = torch.einsum("...ij,...ijc,...ijd->...icd", p, away, away)
         system = covariance + ridges.unsqueeze(-1) * torch.eye(q.shape[-1], dtype=qs.dtype, device=q.device)
         x = torch.linalg.solve(system, (qs - mean).unsqueeze(-1)).squeeze(-1)
-        return _to_map((p * (1 + torch.einsum("...ic,...ijc->...ij", x, away))) @ vs, q)
+        return to_map((p * (1 + torch.einsum("...ic,...ijc->...ij", x, away))) @ vs, q)
 
 
 def parallax_attention(q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     """Softmax weights times `1 - r · (k - mean k)`."""
     with without_autocast(q):
-        qs, rs, ks, vs = (_by_head(x) for x in (q, r, k, v))
+        qs, rs, ks, vs = (by_head(x) for x in (q, r, k, v))
         p, mean = _weights(qs, ks, scale, causal)
         away = ks.unsqueeze(-3) - mean.unsqueeze(-2)
-        return _to_map((p * (1 - torch.einsum("...ic,...ijc->...ij", rs, away))) @ vs, q)
+        return to_map((p * (1 - torch.einsum("...ic,...ijc->...ij", rs, away))) @ vs, q)
 
 
 def _weights(q: Tensor, k: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -44,10 +44,11 @@ def _weights(q: Tensor, k: Tensor, scale: float, causal: bool) -> tuple[Tensor, 
     return p, p @ k
 
 
-def _by_head(x: Tensor) -> Tensor:
+def by_head(x: Tensor) -> Tensor:
     """`[B, heads, L, c]` of a map, in float32 at least."""
     return at_least_float32(x).flatten(1, 2).transpose(1, 2)
 
 
-def _to_map(x: Tensor, like: Tensor) -> Tensor:
-    return x.transpose(1, 2).unflatten(1, like.shape[1:3]).to(like.dtype)
+def to_map(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `by_head`, contiguous and in the dtype of the map `like`."""
+    return x.transpose(1, 2).unflatten(1, like.shape[1:3]).to(like.dtype).contiguous()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels.local_linear import reference
+from visionattn.kernels.local_linear.reference import by_head, to_map
 from visionattn.kernels.node import Rule
-from visionattn.kernels.precision import at_least_float32, without_autocast
+from visionattn.kernels.precision import without_autocast
 
 # Up to this head dim, systems are solved exactly (measured).
 EXACT = 32
@@ -93,13 +94,13 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, ridge: Tensor, scale: float, causal: bool, iterations: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     with without_autocast(q):
-        qs, ks, vs, ridges = (_by_head(x) for x in (q, k, v, ridge))
+        qs, ks, vs, ridges = (by_head(x) for x in (q, k, v, ridge))
         out, kept = torch.empty_like(vs), torch.empty_like(qs)
         for band in _bands(qs, ks, scale, causal):
             solve = _solver(band, _rows(ridges, band), iterations)
             x = kept[:, :, band.rows] = solve(band.q - band.mean)
             out[:, :, band.rows] = (band.p * (1 + band.slopes(x))) @ vs[:, :, : band.k.shape[2]]
-        return _to_map(out, q), (kept,)
+        return to_map(out, q), (kept,)
 
 
 def _gradients(
@@ -120,7 +121,7 @@ def _gradients(
     `dk = s dSᵀ q + Σ p ((γ - u·k̃) x - (x·k̃) u + κ)`.
     """
     with without_autocast(q):
-        qs, ks, vs, ridges, gs = (_by_head(x) for x in (q, k, v, ridge, grad_out))
+        qs, ks, vs, ridges, gs = (by_head(x) for x in (q, k, v, ridge, grad_out))
         of_q, of_k, of_v = (torch.zeros_like(x) for x in (qs, ks, vs))
         of_ridge = qs.new_empty(*qs.shape[:3], 1)
         for band in _bands(qs, ks, scale, causal):
@@ -137,8 +138,8 @@ def _gradients(
             of_k[:, :, :count] += of_logits.mT @ band.q + (p * (gains - u_slopes)).mT @ x
             of_k[:, :, :count] += p.mT @ shift - (p * x_slopes).mT @ u
             of_ridge[:, :, band.rows] = -(u * x).sum(-1, keepdim=True)
-        maps = [_to_map(x, like) for x, like in ((of_q, q), (of_k, k), (of_v, v))]
-        summed = _to_map(of_ridge, q).sum_to_size(ridge.shape).to(ridge.dtype)
+        maps = [to_map(x, like) for x, like in ((of_q, q), (of_k, k), (of_v, v))]
+        summed = to_map(of_ridge, q).sum_to_size(ridge.shape).to(ridge.dtype)
         return [x if want else None for x, want in zip([*maps, summed], wanted)]
 
 
@@ -146,12 +147,12 @@ def _parallax_forward(
     q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     with without_autocast(q):
-        qs, rs, ks, vs = (_by_head(x) for x in (q, r, k, v))
+        qs, rs, ks, vs = (by_head(x) for x in (q, r, k, v))
         out = torch.empty_like(vs)
         for band in _bands(qs, ks, scale, causal):
             weights = band.p * (1 - band.slopes(rs[:, :, band.rows]))
             out[:, :, band.rows] = weights @ vs[:, :, : band.k.shape[2]]
-        return _to_map(out, q), ()
+        return to_map(out, q), ()
 
 
 def _parallax_gradients(
@@ -168,7 +169,7 @@ def _parallax_gradients(
     """With γ = g · v, m = Σ p γ and c = 1 - r · k̃: `dr = -Σ p γ k̃`, `dv = Σ p c g`, `dp = γ c + m r·k`,
     `dS = p (dp - Σ p dp)`, `dq = s dS k`, `dk = s dSᵀ q - Σ p (γ - m) r`."""
     with without_autocast(q):
-        qs, rs, ks, vs, gs = (_by_head(x) for x in (q, r, k, v, grad_out))
+        qs, rs, ks, vs, gs = (by_head(x) for x in (q, r, k, v, grad_out))
         of_q, of_r, of_k, of_v = (torch.zeros_like(x) for x in (qs, rs, ks, vs))
         for band in _bands(qs, ks, scale, causal):
             count, p, g = band.k.shape[2], band.p, gs[:, :, band.rows]
@@ -182,22 +183,13 @@ def _parallax_gradients(
             of_r[:, :, band.rows] = -band.moment(gains)
             of_v[:, :, :count] += (p * factors).mT @ g
             of_k[:, :, :count] += of_logits.mT @ band.q - (p * (gains - mean_gain)).mT @ own_r
-        maps = [_to_map(x, like) for x, like in ((of_q, q), (of_r, r), (of_k, k), (of_v, v))]
+        maps = [to_map(x, like) for x, like in ((of_q, q), (of_r, r), (of_k, k), (of_v, v))]
         return [x if want else None for x, want in zip(maps, wanted)]
 
 
 def _rows(ridges: Tensor, band: _Band) -> Tensor:
     """The ridges of a band's queries; one for all pixels has a single row."""
     return ridges if ridges.shape[2] == 1 else ridges[:, :, band.rows]
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """`[B, heads, L, c]` of a map, in float32 at least."""
-    return at_least_float32(x).flatten(1, 2).transpose(1, 2)
-
-
-def _to_map(x: Tensor, like: Tensor) -> Tensor:
-    return x.transpose(1, 2).unflatten(1, like.shape[1:3]).to(like.dtype).contiguous()
 
 
 local_linear_attention = Rule(_forward, _gradients, reference.local_linear_attention, 4)

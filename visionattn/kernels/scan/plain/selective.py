@@ -8,7 +8,7 @@ rest anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,34 +30,33 @@ from visionattn.kernels.scan.plain.first_order import (
 _CHUNK, _SMALL_CHUNK, _SMALL_BLOCK = 16, 64, 256
 
 
-class _Walk(NamedTuple):
+class _Walk:
     """The positions of maps in the order of every head, a few at a time."""
 
-    height: int
-    width: int
-    orders: tuple[str, ...]
+    def __init__(self, x: Tensor, orders: tuple[str, ...]):
+        height, width = x.shape[1:3]
+        # Neighbouring heads of one order, and the pixels that they meet; None for all, row by row.
+        self.parts = [
+            (a, b, None if order == "row" else pixels(height, width, order, x.device))
+            for a, b, order in runs(orders)
+        ]
 
     def take(self, x: Tensor, begin: int, end: int) -> Tensor:
         """`[positions, B, heads, ...]` of `[B, H, W, heads, ...]`, in the precision of the states."""
         flat = x.flatten(1, 2)
-        parts = [
-            flat[:, begin:end, a:b] if order == "row" else flat[:, self._index(order, x)[begin:end], a:b]
-            for a, b, order in runs(self.orders)
+        found = [
+            flat[:, begin:end, a:b] if index is None else flat[:, index[begin:end], a:b]
+            for a, b, index in self.parts
         ]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        whole = found[0] if len(found) == 1 else torch.cat(found, 2)
         return at_least_float32(whole).transpose(0, 1)
 
     def put(self, out: Tensor, values: Tensor, begin: int, end: int) -> None:
         """Write `[positions, B, heads, ...]` to their places in a contiguous map."""
         flat, values = out.flatten(1, 2), values.transpose(0, 1)
-        for a, b, order in runs(self.orders):
-            if order == "row":
-                flat[:, begin:end, a:b] = values[:, :, a:b]
-            else:
-                flat[:, self._index(order, out)[begin:end], a:b] = values[:, :, a:b].to(out.dtype)
-
-    def _index(self, order: str, x: Tensor) -> Tensor:
-        return pixels(self.height, self.width, order, x.device)
+        for a, b, index in self.parts:
+            place = slice(begin, end) if index is None else index[begin:end]
+            flat[:, place, a:b] = values[:, :, a:b].to(out.dtype)
 
 
 class _Chunk:
@@ -121,7 +120,7 @@ def _forward(
     orders: tuple[str, ...],
     delta_softplus: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    walk, length = _Walk(x.shape[1], x.shape[2], orders), x.shape[1] * x.shape[2]
+    walk, length = _Walk(x, orders), x.shape[1] * x.shape[2]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with without_autocast(x):
         A, D, delta_bias = _state_form(x, A, D, delta_bias)
@@ -166,7 +165,7 @@ def _gradients(
     `γ_t = dy_t C_tᵀ + a_{t+1} ⊙ γ_{t+1}`, `dΔ = Σ Q A + x (γ B)`, `dA = Σ Q Δ`, `dB = Σ γ Δ x`,
     `dC = Σ dy h`, `dx = Δ (γ B) + D dy`.
     """
-    walk, length = _Walk(x.shape[1], x.shape[2], orders), x.shape[1] * x.shape[2]
+    walk, length = _Walk(x, orders), x.shape[1] * x.shape[2]
     given = (x, delta, B, C, z, A, D, delta_bias)
     with without_autocast(x):
         A, D, delta_bias = _state_form(x, A, D, delta_bias)
